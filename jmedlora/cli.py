@@ -1,0 +1,203 @@
+"""The command line. Heavy libraries are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from jmedlora import __version__
+from jmedlora.config.compose import load_sweep
+from jmedlora.config.faults import BadInput, Fault
+
+BAD_INPUT, HELD = 2, 3
+PAGE_WIDTH = 120
+
+app = typer.Typer(
+    name="jmedlora",
+    help="Sweeps of LoRA and QLoRA adapters for Japanese medicine: trained, evaluated and compared.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+SweepArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="A shipped sweep's name, or the path of a sweep file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the sweep, such as grid.rank=[8,64] storage=results.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Address = Annotated[str | None, typer.Option(help="A Ray cluster; left out: RAY_ADDRESS, or a Ray of its own on this machine.")]
+
+
+@app.command()
+def plan(sweep: SweepArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a sweep and show its runs, trials, memory, time and bytes on disk; starts nothing."""
+    from jmedlora.plan.planner import open_sweep
+    from jmedlora.plan.rendering import plan_as_json, print_plan
+
+    config, planned = open_sweep(sweep, overrides)
+    if as_json:
+        print(json.dumps(plan_as_json(planned, config), ensure_ascii=False, indent=1))
+    else:
+        print_plan(planned, config, _console())
+
+
+@app.command()
+def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = None) -> None:
+    """Run a sweep, or go on with it: train, evaluate, track, report."""
+    from jmedlora.plan.planner import open_sweep
+
+    config, planned = open_sweep(sweep, overrides)
+    # what can be wrong is known by now: from here on the heavy libraries are worth their time
+    from jmedlora.orchestrator.driver import run_sweep
+    from jmedlora.orchestrator.ledger import HeldByAnother
+    from jmedlora.orchestrator.preflight import fetch_missing
+
+    planned = fetch_missing(config, planned)
+    console = _console()
+    try:
+        outcome = run_sweep(config, planned, address, console)
+    except HeldByAnother as held:
+        print(f"jmedlora: sweep {planned.sweep} is {held}", file=sys.stderr)
+        raise typer.Exit(HELD) from None
+    _print_outcome(console, config.storage_path, planned.sweep, outcome.standing.errors, outcome.problems, outcome.exit_code)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def submit(
+    sweep: SweepArgument,
+    overrides: Overrides = None,
+    address: Annotated[str, typer.Option(help="Address of the Ray dashboard.")] = "http://127.0.0.1:8265",
+    wait: Annotated[bool, typer.Option(help="Stream the log until the job ends.")] = True,
+) -> None:
+    """Run a sweep as a Ray job (jobs/sweep.py), with its log streamed."""
+    from jmedlora.plan.planner import open_sweep
+
+    open_sweep(sweep, overrides)
+    from jmedlora.orchestrator.submission import submit_sweep
+
+    raise typer.Exit(submit_sweep(sweep, overrides or [], address, wait))
+
+
+@app.command()
+def status(sweep: SweepArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show where a sweep stands, from storage."""
+    from jmedlora.orchestrator.ledger import standing
+    from jmedlora.plan.layout import Storage
+    from jmedlora.plan.naming import names_of
+    from jmedlora.plan.planner import open_sweep
+
+    config, planned = open_sweep(sweep, overrides)
+    state = standing(planned, Storage(config.storage_path))
+    if as_json:
+        print(state.as_json())
+        return
+    names = names_of(planned)
+    print(", ".join(f"{len(keys)} {name}" for name, keys in state.runs.items()) + f" of {len(planned.runs)} runs")
+    print(f"{state.evaluations_done} of {state.evaluations} evaluations done")
+    for key, error in state.errors.items():
+        print(f"failed: {names[key]}: {error}")
+
+
+@app.command()
+def report(sweep: SweepArgument, overrides: Overrides = None) -> None:
+    """Write tables, plots and the HTML page of a sweep again from what is stored."""
+    from jmedlora.plan.layout import Storage
+    from jmedlora.report.writer import write_report
+
+    config = load_sweep(sweep, overrides)
+    planned = _stored_plan(config.storage_path, config.name)
+    files = write_report(planned, Storage(config.storage_path))
+    _print_comparison(_console(), config.storage_path, config.name)
+    print(f"report: {files.page}")
+
+
+@app.command()
+def ui(
+    sweep: SweepArgument,
+    overrides: Overrides = None,
+    port: Annotated[int, typer.Option(help="Port of the page on this machine.")] = 5000,
+) -> None:
+    """Open MLflow on a sweep."""
+    from jmedlora.plan.layout import Storage
+    from jmedlora.tracking.ui import open_ui
+
+    config = load_sweep(sweep, overrides)
+    _stored_plan(config.storage_path, config.name)
+    raise typer.Exit(open_ui(Storage(config.storage_path), config.name, port))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Tell what this machine can run, and what is missing for which method."""
+    from jmedlora.orchestrator.doctor import examine, print_findings
+
+    findings = examine()
+    if as_json:
+        print(json.dumps(findings, ensure_ascii=False, indent=1))
+    else:
+        print_findings(findings, _console())
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"jmedlora {__version__}")
+        raise typer.Exit
+
+
+def _console() -> Console:
+    """The terminal, or a wide page where the output goes into a file or a log."""
+    return Console() if sys.stdout.isatty() else Console(width=PAGE_WIDTH)
+
+
+def _stored_plan(storage: Path, name: str) -> Any:
+    from jmedlora.plan.layout import Storage
+    from jmedlora.plan.writing import read_plan
+
+    planned = read_plan(Storage(storage), name)
+    if planned is None:
+        raise BadInput(
+            [Fault("command line", "SWEEP", f"{name} has not been run in {storage}", "a sweep that was started, with the same storage")]
+        )
+    return planned
+
+
+def _print_outcome(console: Console, storage: Path, name: str, errors: dict[str, str], problems: list[str], exit_code: int) -> None:
+    if exit_code == 130:
+        console.print("interrupted; the same command goes on from here")
+        return
+    _print_comparison(console, storage, name)
+    for key, error in errors.items():
+        console.print(f"[red]failed[/] run {key}: {error}", soft_wrap=True)
+    for problem in problems:
+        console.print(f"[red]problem[/] {problem}", soft_wrap=True)
+    console.print(f"report: {storage / 'sweeps' / name / 'report' / 'index.html'}", soft_wrap=True, highlight=False)
+
+
+def _print_comparison(console: Console, storage: Path, name: str) -> None:
+    from jmedlora.plan.layout import Storage
+    from jmedlora.report.collect import collect_results
+    from jmedlora.report.console import console_comparison
+
+    console.print(console_comparison(collect_results(_stored_plan(storage, name), Storage(storage))))
+
+
+def main() -> None:
+    """Entry point: bad input is told in one line per fault and ends with 2."""
+    try:
+        app()
+    except BadInput as bad:
+        for fault in bad.faults:
+            print(f"jmedlora: {fault}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+if __name__ == "__main__":
+    main()

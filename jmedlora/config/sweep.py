@@ -1,0 +1,88 @@
+"""A whole sweep, as read and checked: the grid, its parts, and how it is evaluated and run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from jmedlora.config.parts import (
+    BenchmarkConfig,
+    DataConfig,
+    DeepSpeedConfig,
+    MethodConfig,
+    ModelConfig,
+    Part,
+    PromptConfig,
+    ResourcesConfig,
+)
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+PartEntry = Name | dict[str, Any]
+"""A preset's name, or the part itself; `preset: NAME` inside takes the preset and changes the keys beside it."""
+
+
+class EvaluateConfig(Part):
+    """When checkpoints are written and scored, and how answers are generated."""
+
+    every: Literal["epoch", "end"] | Annotated[int, Field(ge=1)] = "epoch"
+    """`epoch`: at every epoch's end; `end`: once; a number: every so many optimizer steps. The last step always counts."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    batch_size: Annotated[int, Field(ge=1)] = 16
+
+
+class SweepFile(Part):
+    """The keys of a sweep file. Values of the grid are checked one by one against RunSettings."""
+
+    grid: dict[str, list[Any]] | list[dict[str, list[Any]]] = {}
+    """A product of lists, or several of them."""
+    extra: list[dict[str, Any]] = []
+    """Single runs beside the grid."""
+    data: PartEntry = "sample"
+    benchmarks: Annotated[list[PartEntry], Field(min_length=1)] = ["sample"]
+    shots: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    prompts: Annotated[list[PartEntry], Field(min_length=1)] = ["alpaca-ja"]
+    training: dict[str, Any] = {}
+    """Settings of every run that the grid does not vary."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    deepspeed: PartEntry = "zero0"
+    resources: PartEntry = "local"
+    storage: str = "results"
+    sources: str = "sources"
+    """Folder in which named models, data and benchmarks are looked for."""
+    offline: bool = False
+    """No network call at all."""
+    note: str = ""
+
+
+class SweepConfig(Part):
+    """A sweep with every preset resolved and every path absolute."""
+
+    name: Name
+    file: str
+    grids: list[dict[str, list[Any]]]
+    extra: list[dict[str, Any]]
+    training: dict[str, Any]
+    models: dict[str, ModelConfig]
+    methods: dict[str, MethodConfig]
+    data: dict[str, DataConfig]
+    prompts: dict[str, PromptConfig]
+    deepspeeds: dict[str, DeepSpeedConfig]
+    benchmarks: list[BenchmarkConfig]
+    shots: list[int]
+    evaluation_prompts: list[str]
+    evaluate: EvaluateConfig
+    resources: ResourcesConfig
+    storage: str
+    sources: str
+    offline: bool
+    note: str
+
+    @property
+    def storage_path(self) -> Path:
+        return Path(self.storage)
+
+    @property
+    def sources_path(self) -> Path:
+        return Path(self.sources)

@@ -1,0 +1,1 @@
+"""Instruction sets, benchmarks and prompts. Only `tokenisation` imports a heavy library."""

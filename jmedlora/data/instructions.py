@@ -1,0 +1,72 @@
+"""Training sets: instruction rows from JSON files or from exam questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jmedlora.config.digest import digest_rows
+from jmedlora.config.faults import BadInput, Fault
+from jmedlora.config.parts import DataConfig
+from jmedlora.data.benchmarks import read_questions
+from jmedlora.data.files import NotHereYet, add_fault, locate_source, read_rows
+from jmedlora.data.rows import Instruction
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """Rows in the order of the file, and the digest of their content."""
+
+    rows: list[Instruction]
+    digest: str
+
+
+def load_instructions(config: DataConfig, sources: Path) -> InstructionSet:
+    """Reads and checks a training set.
+
+    Raises BadInput with a fault per bad row, NotHereYet for a named source that is missing.
+    """
+    named = sources / "data" / config.source.name if config.source else None
+    if named is not None and not named.exists():
+        raise NotHereYet(f"data {config.name}: {named}")
+    path = locate_source(config.path, config.bundled, named)
+    faults: list[Fault] = []
+    if config.format == "questions":
+        rows = [question.as_instruction() for question in read_questions(path, config.filters, faults)]
+    else:
+        rows = _read_instructions(path, faults)
+        if config.filters.first is not None:
+            rows = rows[: config.filters.first]
+    if not rows and not faults:
+        faults.append(Fault(str(path), "", "no rows", "at least one row"))
+    if faults:
+        raise BadInput(faults)
+    return InstructionSet(rows, digest_rows(row.as_dict() for row in rows))
+
+
+def _read_instructions(path: Path, faults: list[Fault]) -> list[Instruction]:
+    if path.is_dir():
+        faults.append(Fault(str(path), "", "is a folder", "a file of JSON rows (for a folder of exam questions: format: questions)"))
+        return []
+    rows: list[Instruction] = []
+    start = len(faults)
+    for where, row in read_rows(path, faults):
+        found = _row_faults(where, row)
+        if not found:
+            rows.append(Instruction(row["instruction"].strip(), (row.get("input") or "").strip(), row["output"].strip()))
+        elif any(not add_fault(faults, start, fault) for fault in found):
+            break
+    return rows
+
+
+def _row_faults(where: str, row: dict[str, Any]) -> list[Fault]:
+    found = []
+    for key in ("instruction", "output"):
+        if key not in row:
+            found.append(Fault(where, key, "missing", "a text that is not empty"))
+        elif not isinstance(row[key], str) or not row[key].strip():
+            found.append(Fault(where, key, f"{row[key]!r:.60} is not allowed", "a text that is not empty"))
+    if row.get("input") is not None and not isinstance(row["input"], str):
+        found.append(Fault(where, "input", f"{row['input']!r:.60} is not allowed", "a text, or left out"))
+    return found

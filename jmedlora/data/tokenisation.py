@@ -1,0 +1,107 @@
+"""Texts as token ids: prompts, answers, and whole training sets, kept memory-mapped on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from jmedlora.config.parts import PromptConfig
+from jmedlora.data.folders import appearing
+from jmedlora.data.prompts import render_prompt
+from jmedlora.data.rows import Instruction
+
+_BLOCK_ROWS = 1000
+_COLUMNS = datasets.Features(
+    {"input_ids": datasets.List(datasets.Value("int32")), "prompt_length": datasets.Value("int32"), "truncated": datasets.Value("bool")}
+)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, max_input_tokens: int | None) -> list[int]:
+    """Token ids of a prompt, with what the tokenizer puts before a text (BOS) but nothing after it.
+
+    A prompt longer than `max_input_tokens` keeps BOS and its last tokens, so that the mark before the answer survives.
+    """
+    return _cut_prompt(_opening(tokenizer), tokenizer(text, add_special_tokens=False).input_ids, max_input_tokens)
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerBase, text: str, max_target_tokens: int) -> list[int]:
+    """Token ids of an answer and the end-of-text token, at most `max_target_tokens` together; a long answer loses its end."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return [*ids[: max_target_tokens - 1], _end_of_text(tokenizer)]
+
+
+def tokenise_rows(
+    rows: Sequence[Instruction],
+    prompt: PromptConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    identity: str,
+    max_input_tokens: int,
+    max_target_tokens: int,
+    cache: Path,
+) -> datasets.Dataset:
+    """The training set as columns `input_ids` (prompt and answer), `prompt_length` (tokens) and `truncated`, in row order.
+
+    Built by one process per `identity` (a digest of everything that the result depends on) below `cache`, and opened memory-mapped.
+    """
+    folder = cache / "tokens" / identity
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _write(_tokenised(rows, prompt, tokenizer, max_input_tokens, max_target_tokens), folder)
+    return datasets.load_from_disk(str(folder), keep_in_memory=False)
+
+
+def _tokenised(
+    rows: Sequence[Instruction], prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase, max_input_tokens: int, max_target_tokens: int
+) -> datasets.Dataset:
+    opening, end = _opening(tokenizer), _end_of_text(tokenizer)
+    blocks = []
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        block = rows[start : start + _BLOCK_ROWS]
+        questions = tokenizer([render_prompt(prompt, row) for row in block], add_special_tokens=False).input_ids
+        answers = tokenizer([row.output for row in block], add_special_tokens=False).input_ids
+        columns: dict[str, list] = {"input_ids": [], "prompt_length": [], "truncated": []}
+        for question, answer in zip(questions, answers, strict=True):
+            asked = _cut_prompt(opening, question, max_input_tokens)
+            columns["input_ids"].append([*asked, *answer[: max_target_tokens - 1], end])
+            columns["prompt_length"].append(len(asked))
+            columns["truncated"].append(len(opening) + len(question) > max_input_tokens or len(answer) + 1 > max_target_tokens)
+        blocks.append(datasets.Dataset.from_dict(columns, features=_COLUMNS))
+    return datasets.concatenate_datasets(blocks)
+
+
+def _write(dataset: datasets.Dataset, folder: Path) -> None:
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        with appearing(folder) as aside:
+            dataset.save_to_disk(str(aside))
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before any text."""
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start]
+    raise ValueError(f"{type(tokenizer).__name__} encodes a text differently when it adds special tokens")
+
+
+def _cut_prompt(opening: list[int], ids: list[int], max_input_tokens: int | None) -> list[int]:
+    room = None if max_input_tokens is None else max_input_tokens - len(opening)
+    return [*opening, *(ids if room is None or len(ids) <= room else ids[len(ids) - room :])]
+
+
+def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token")
+    return int(tokenizer.eos_token_id)

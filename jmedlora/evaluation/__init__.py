@@ -1,0 +1,1 @@
+"""Generation and metrics; knows neither Ray nor MLflow. `metrics` needs no torch."""

@@ -1,0 +1,213 @@
+"""Scoring checkpoints on benchmarks with one resident base model."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, load_peft_weights, set_peft_model_state_dict
+
+from jmedlora.config.clock import now
+from jmedlora.config.faults import BadInput, Fault
+from jmedlora.config.parts import ModelConfig, Precision
+from jmedlora.data.benchmarks import load_benchmark
+from jmedlora.data.prompts import render_prompt
+from jmedlora.data.rows import LETTERS, Question
+from jmedlora.evaluation.generation import EncodedPrompts, decode_greedily, encode_prompts, max_prompt_tokens
+from jmedlora.evaluation.metrics import DEFAULT, MetricSettings, ResponseScore, score_response, summarise
+from jmedlora.models.adapters import adapter_digest, verify
+from jmedlora.models.load import load_base, load_tokenizer
+from jmedlora.models.source import materialise
+from jmedlora.plan.layout import METRICS, PREDICTIONS, Storage
+from jmedlora.plan.specs import EvaluationSpec
+
+
+class AdapterHasNoEffect(Exception):
+    """The adapter does not change the base model's logits: scoring it would score the base under another name."""
+
+
+class AdapterDoesNotFit(Exception):
+    """The adapter's weights and the layers that its config asks for are not the same."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a benchmark asks, ready for the model."""
+
+    questions: list[Question]
+    prompts: EncodedPrompts
+
+
+class Evaluator:
+    """Holds one base model at one precision and scores checkpoints of adapters to it.
+
+    Adapters come and go beside the base's weights, which are neither merged nor reloaded; the last one stays, since
+    several evaluations of one checkpoint usually follow each other.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        precision: Precision,
+        compute_precision: Literal["fp32", "bf16"],
+        double_quantisation: bool,
+        sources: Path,
+        offline: bool,
+        device: str | None = None,
+    ):
+        """Loads the base; `device` is the first GPU, or the CPU where there is none, unless given."""
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        folder = materialise(model, sources, offline)
+        self._tokenizer = load_tokenizer(folder)
+        self._base = load_base(folder, precision, compute_precision, double_quantisation, self.device)
+        self._sources = sources
+        self._adapted: PeftModel | None = None
+        self._adapter_digest: str | None = None
+        self._tasks: dict[str, _Task] = {}
+
+    def evaluate(
+        self,
+        run_key: str,
+        step: int,
+        evaluation: EvaluationSpec,
+        storage: Storage,
+        on_progress: Callable[[int, int], None] | None = None,
+        metric_settings: MetricSettings = DEFAULT,
+    ) -> dict[str, Any]:
+        """Score the checkpoint of `run_key` after `step` steps, or the bare base model where `step` is 0.
+
+        Writes predictions.jsonl, then metrics.json, into the evaluation's folder, and returns the metrics.
+        `on_progress(done, total)` is called with numbers of questions. Raises AdapterDamaged when the checkpoint is not
+        what its checksums say, AdapterDoesNotFit, AdapterHasNoEffect, and BadInput when the benchmark does not fit the evaluation.
+        """
+        started = time.perf_counter()
+        task = self._task(evaluation)
+        if step:
+            self._load_adapter(storage.run(run_key).checkpoint(step), task.prompts.token_ids[0])
+        else:
+            self._unload_adapter()
+        total = len(task.questions)
+        generation = decode_greedily(
+            self._base,
+            self._tokenizer,
+            task.prompts,
+            evaluation.max_new_tokens,
+            evaluation.batch_size,
+            self.device,
+            (lambda done: on_progress(done, total)) if on_progress else None,
+        )
+        scores = [score_response(text, question, metric_settings) for text, question in zip(generation.texts, task.questions, strict=True)]
+        metrics: dict[str, Any] = {
+            "run_key": run_key,
+            "step": step,
+            "evaluation_key": evaluation.evaluation_key,
+            "benchmark": evaluation.benchmark.name,
+            "shots": evaluation.shots,
+            "prompt": evaluation.prompt.name,
+            **summarise(scores),
+            "metric_settings": metric_settings.model_dump(mode="json"),
+            "scoring": evaluation.scoring,
+            "adapter_digest": self._adapter_digest,
+            "prompt_tokens": generation.prompt_tokens,
+            "new_tokens": generation.new_tokens,
+            "truncated_prompts": generation.truncated_prompts,
+            "seconds": time.perf_counter() - started,
+            "time": now(),
+            "device": self._device_name(),
+        }
+        folder = storage.run(run_key).evaluation(evaluation.folder, step)
+        _write(folder / PREDICTIONS, map(_prediction, task.questions, generation.texts, scores))
+        _write(folder / METRICS, [metrics], indent=2)
+        return metrics
+
+    def _task(self, evaluation: EvaluationSpec) -> _Task:
+        """The benchmark's questions and prompts, read and encoded once per evaluation."""
+        if evaluation.evaluation_key not in self._tasks:
+            benchmark = load_benchmark(evaluation.benchmark, self._sources)
+            if len(benchmark.examples) < evaluation.shots:
+                problem = f"{evaluation.shots} asks for more examples than the {len(benchmark.examples)} there are"
+                raise BadInput([Fault(f"benchmark {benchmark.name}", "shots", problem, f"0 to {len(benchmark.examples)}")])
+            examples = [example.as_instruction() for example in benchmark.examples[: evaluation.shots]]
+            texts = [render_prompt(evaluation.prompt, question.as_instruction(), examples) for question in benchmark.questions]
+            prompts = encode_prompts(self._tokenizer, texts, max_prompt_tokens(self._base, evaluation.max_new_tokens))
+            self._tasks[evaluation.evaluation_key] = _Task(benchmark.questions, prompts)
+        return self._tasks[evaluation.evaluation_key]
+
+    def _load_adapter(self, folder: Path, prompt: list[int]) -> None:
+        """Put the adapter into the base unless it is there, once it is proven whole and to change the logits of `prompt`."""
+        verify(folder)
+        digest = adapter_digest(folder)
+        if digest == self._adapter_digest:
+            return
+        self._unload_adapter()
+        before = self._logits(prompt)
+        try:
+            self._attach(folder)
+            if torch.equal(before, self._logits(prompt)):
+                raise AdapterHasNoEffect(f"{folder}: the adapter does not change the base model's logits")
+        except BaseException:
+            # Whatever went wrong, the next checkpoint must find the base as it was.
+            self._unload_adapter()
+            raise
+        self._adapter_digest = digest
+
+    def _attach(self, folder: Path) -> None:
+        """Wrap the base's layers and fill them from the file; unlike PeftModel.from_pretrained, raise for weights without a match."""
+        config = LoraConfig.from_pretrained(folder)
+        config.inference_mode = True
+        # Created empty: no random numbers are drawn for what is overwritten.
+        self._adapted = PeftModelForCausalLM(self._base, config, low_cpu_mem_usage=True).eval()
+        loaded = set_peft_model_state_dict(self._adapted, load_peft_weights(folder, device=str(self.device)), low_cpu_mem_usage=True)
+        unmatched = [*loaded.unexpected_keys, *(key for key in loaded.missing_keys if ".lora_" in key)]
+        if unmatched:
+            raise AdapterDoesNotFit(f"{folder}: {len(unmatched)} weights have no match in the base model's layers, {unmatched[0]} among them")
+
+    def _unload_adapter(self) -> None:
+        """Take the adapter's layers out again: what is left is the base as it was loaded."""
+        if self._adapted is not None:
+            self._adapted.unload()
+        self._adapted = self._adapter_digest = None
+
+    @torch.inference_mode()
+    def _logits(self, prompt: list[int]) -> torch.Tensor:
+        return self._base(input_ids=torch.tensor([prompt], device=self.device), use_cache=False).logits
+
+    def _device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+
+def _prediction(question: Question, text: str, score: ResponseScore) -> dict[str, Any]:
+    return {
+        "problem_id": question.problem_id,
+        "prediction": text,
+        "response": score.response,
+        "answer": question.answer,
+        "choices": list(question.choices),
+        "chosen": [LETTERS[i] for i in score.chosen],
+        "gold": [LETTERS[i] for i in question.gold],
+        "correct": score.correct,
+        "exact_match": score.exact_match,
+        "gestalt_score": score.gestalt_score,
+    }
+
+
+def _write(file: Path, rows: Iterable[dict[str, Any]], indent: int | None = None) -> None:
+    """Write JSON rows so that the file appears complete or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with aside.open("w", encoding="utf-8", newline="\n") as stream:
+            for row in rows:
+                stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False, indent=indent) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)

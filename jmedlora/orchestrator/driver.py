@@ -1,0 +1,237 @@
+"""The driver of a sweep: from the plan to the report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray import tune
+from rich.console import Console
+
+from jmedlora.config.faults import BadInput, Fault
+from jmedlora.config.sweep import SweepConfig
+from jmedlora.orchestrator.environment import ON_HEAD
+from jmedlora.orchestrator.evaluation_pool import EvaluationPool
+from jmedlora.orchestrator.ledger import Standing, all_jobs, driver_lock, run_status, standing
+from jmedlora.orchestrator.progress import ProgressDisplay
+from jmedlora.orchestrator.tracker_actor import TrackerActor
+from jmedlora.orchestrator.trials import SweepContext, run_trial
+from jmedlora.plan.estimates import concurrent_trials
+from jmedlora.plan.layout import Storage
+from jmedlora.plan.naming import names_of
+from jmedlora.plan.specs import Plan, TrialSpec
+from jmedlora.plan.writing import write_plan
+from jmedlora.report.writer import write_report
+from jmedlora.tracking.location import tracking_uri
+
+log = logging.getLogger(__name__)
+
+DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
+CLOSE_TRACKING_S = 300.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a sweep ended: the exit code, where it stands, the report's folder, and what went wrong beside failed runs."""
+
+    exit_code: int
+    standing: Standing
+    report: Path
+    problems: list[str]
+
+
+def run_sweep(config: SweepConfig, plan: Plan, address: str | None, console: Console) -> Outcome:
+    """Trains and evaluates what storage does not hold yet, then writes the report.
+
+    `address`: a Ray cluster; None: RAY_ADDRESS, or a Ray of its own on this machine. Raises HeldByAnother.
+    """
+    storage = Storage(config.storage_path)
+    if standing(plan, storage).is_complete and storage.sweep(plan.sweep).report.is_dir():
+        console.print(f"sweep {plan.sweep} is complete already: nothing to train, nothing to evaluate")
+        return _outcome(plan, storage, [])
+    with _ray(config, address):
+        _check_cluster(config)
+        with driver_lock(storage.sweep(plan.sweep)):
+            write_plan(config, plan, storage)
+            driver = _Driver(config, plan, storage, console)
+            try:
+                return driver.run()
+            except KeyboardInterrupt:
+                driver.close_tracking("interrupted", None)
+                return Outcome(INTERRUPTED, standing(plan, storage), storage.sweep(plan.sweep).report, [])
+
+
+@contextmanager
+def _ray(config: SweepConfig, address: str | None) -> Iterator[None]:
+    """Joins or starts Ray, and leaves it; SIGTERM counts as an interruption. Inside a process that has joined already, nothing is done."""
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    resources = config.resources
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interruption is ours to handle: Tune would go on to its own end
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    common = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "jmedlora"}
+    try:
+        if address:
+            ray.init(address=address, **common)
+        else:
+            needed = resources.workers_per_trial * resources.cpus_per_worker + resources.evaluation.actors * resources.evaluation.cpus
+            ray.init(address="local", include_dashboard=False, num_cpus=max(os.cpu_count() or 1, needed), **common)
+        yield
+    finally:
+        ray.shutdown()
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _check_cluster(config: SweepConfig) -> None:
+    """What only the cluster itself can tell; raises BadInput before anything is written."""
+    faults = []
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if nodes > 1 and not os.environ.get("MLFLOW_TRACKING_URI"):
+        faults.append(
+            Fault(
+                "environment",
+                "MLFLOW_TRACKING_URI",
+                f"not set, and the cluster has {nodes} nodes",
+                "the address of an MLflow server: a sqlite file cannot be shared",
+            )
+        )
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    needed = config.resources.workers_per_trial * config.resources.gpus_per_worker
+    if nodes == 1 and needed > max(gpus, 0) and not os.environ.get("RAY_ADDRESS"):
+        faults.append(
+            Fault(
+                config.file,
+                "resources.gpus_per_worker",
+                f"a trial needs {needed} GPUs, this machine has {gpus}",
+                f"at most {gpus}, or the address of a cluster",
+            )
+        )
+    if faults:
+        raise BadInput(faults)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+class _Driver:
+    def __init__(self, config: SweepConfig, plan: Plan, storage: Storage, console: Console):
+        self.config, self.plan, self.storage, self.console = config, plan, storage, console
+        self.jobs = all_jobs(plan)
+        self.names = names_of(plan)
+        self.tracker = TrackerActor.remote(plan, str(storage.root), tracking_uri(storage))  # type: ignore[attr-defined]
+        self.context = SweepContext(
+            plan=plan,
+            storage_root=str(storage.root),
+            sources=config.sources,
+            offline=config.offline,
+            resources=config.resources,
+            tracker=self.tracker,
+            names=self.names,
+            attempt=uuid.uuid4().hex[:8],
+        )
+        self.training_is_over = threading.Event()
+
+    def run(self) -> Outcome:
+        trials = [trial for trial in self.plan.trials if any(run_status(run, self.storage) != "finished" for run in trial.runs)]
+        lanes = self._concurrency()
+        problems: list[str] = []
+        actors = self.config.resources.evaluation.actors
+        with ProgressDisplay(self.console, self.plan, self.storage, self.tracker, self.jobs, self.names, lanes, actors):
+            problems += self._train_and_evaluate(trials, lanes)
+        report = write_report(self.plan, self.storage)
+        status = "finished" if _outcome(self.plan, self.storage, problems).exit_code == DONE else "failed"
+        problems += [f"MLflow: {problem}" for problem in self.close_tracking(status, report.folder)]
+        return _outcome(self.plan, self.storage, problems)
+
+    def close_tracking(self, status: str, report: Path | None) -> list[str]:
+        """Lets the tracker write all that it was told; returns what MLflow could not take."""
+        try:
+            return ray.get(self.tracker.finish.remote(status, str(report) if report else None), timeout=CLOSE_TRACKING_S)
+        except ray.exceptions.RayError as error:
+            return [f"{type(error).__name__}: not everything was written; `jmedlora report` shows what storage holds"]
+
+    def _train_and_evaluate(self, trials: list[TrialSpec], lanes: int) -> list[str]:
+        evaluation = self.config.resources.evaluation
+        everything = {job.run_key for job in self.jobs}
+        problems: list[str] = []
+        if self.context.takes_turns:
+            # the GPUs are free: bases first, trials score their own runs, and what they left is done at the end
+            gpus = float(self.config.resources.gpus_per_worker)
+            problems += self._drain(self.context.pool({base.run_key for base in self.plan.bases}, evaluation.cpus, gpus, evaluation.actors))
+            problems += self._train(trials, lanes)
+            return problems + self._drain(self.context.pool(everything, evaluation.cpus, gpus, evaluation.actors))
+        pool = self.context.pool(everything, self._evaluation_cpus(), evaluation.gpus, evaluation.actors)
+        errors: list[str] = []
+        thread = threading.Thread(target=self._serve, args=(pool, errors), daemon=True)
+        thread.start()
+        problems += self._train(trials, lanes)
+        self.training_is_over.set()
+        thread.join()
+        return problems + errors + _told(pool, self.names)
+
+    def _serve(self, pool: EvaluationPool, errors: list[str]) -> None:
+        try:
+            pool.serve(more_to_come=lambda: not self.training_is_over.is_set())
+        except Exception as error:
+            log.exception("the evaluation pool stopped")
+            errors.append(f"evaluation stopped: {type(error).__name__}: {error}")
+
+    def _drain(self, pool: EvaluationPool) -> list[str]:
+        pool.serve(more_to_come=lambda: False)
+        return _told(pool, self.names)
+
+    def _train(self, trials: list[TrialSpec], lanes: int) -> list[str]:
+        if not trials:
+            return []
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(run_trial, context=self.context), {"CPU": 0, **ON_HEAD}),
+            param_space={"trial_id": tune.grid_search([trial.trial_id for trial in trials])},
+            tune_config=tune.TuneConfig(max_concurrent_trials=lanes),
+            run_config=tune.RunConfig(
+                name=f"tune-{self.context.attempt}", storage_path=str(self.storage.sweep(self.plan.sweep).ray), verbose=0
+            ),
+        )
+        results = tuner.fit()
+        names = {trial.trial_id: ", ".join(self.names[run.run_key] for run in trial.runs) for trial in trials}
+        return [f"trial of {names[result.config['trial_id']]}: {_last_line(result.error)}" for result in results if result.error]
+
+    def _concurrency(self) -> int:
+        """Trials at once: by GPUs at the cluster's maximum; without GPUs, by the cores that evaluation leaves."""
+        by_plan = concurrent_trials(self.config.resources)
+        if by_plan is not None:
+            return by_plan
+        resources = self.config.resources
+        free = ray.cluster_resources().get("CPU", 1) - self._evaluation_cpus() * resources.evaluation.actors
+        return max(1, int(free // (resources.workers_per_trial * resources.cpus_per_worker)))
+
+    def _evaluation_cpus(self) -> float:
+        """Cores that an evaluation actor takes; none where the cluster could not hold it beside one trial."""
+        resources = self.config.resources
+        trial = resources.workers_per_trial * resources.cpus_per_worker
+        needed = trial + resources.evaluation.actors * resources.evaluation.cpus
+        return resources.evaluation.cpus if ray.cluster_resources().get("CPU", 0) >= needed or resources.gpus_per_worker else 0
+
+
+def _told(pool: EvaluationPool, names: dict[str, str]) -> list[str]:
+    return [f"evaluation of {names[run_key]} at step {step} ({folder}): {why}" for (run_key, step, folder), why in pool.failures.items()]
+
+
+def _outcome(plan: Plan, storage: Storage, problems: list[str]) -> Outcome:
+    state = standing(plan, storage)
+    return Outcome(DONE if state.is_complete and not problems else SOME_FAILED, state, storage.sweep(plan.sweep).report, problems)
+
+
+def _last_line(error: Exception | None) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,121 @@
+"""Who drives a sweep, and how far it is: both told from storage alone."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from jmedlora.config.clock import now
+from jmedlora.plan.layout import Storage, SweepFolder
+from jmedlora.plan.records import read_run, steps_of
+from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec
+
+
+class HeldByAnother(Exception):
+    """Another living driver works on the sweep; the message says which."""
+
+
+@contextmanager
+def driver_lock(folder: SweepFolder) -> Iterator[None]:
+    """Holds the sweep for this process: an operating-system lock, so that a killed driver never blocks its rerun."""
+    folder.ledger.mkdir(parents=True, exist_ok=True)
+    with (folder.ledger / "driver.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise HeldByAnother(f"held by {file.read().strip() or 'a driver that has just started'}") from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One evaluation that is to be done: a checkpoint, or a bare base at step 0."""
+
+    run_key: str
+    step: int
+    evaluation: EvaluationSpec
+    base: BaseSpec
+
+
+def all_jobs(plan: Plan) -> list[Job]:
+    """Every evaluation of the plan: bases first, then run by run."""
+    bases = {base.run_key: base for base in plan.bases}
+    specs: list[BaseSpec | RunSpec] = [*plan.bases, *plan.runs]
+    return [
+        Job(spec.run_key, step, evaluation, bases[spec.base_key] if isinstance(spec, RunSpec) else spec)
+        for spec in specs
+        for step in steps_of(spec)
+        for evaluation in plan.evaluations
+    ]
+
+
+def is_done(job: Job, storage: Storage) -> bool:
+    return storage.run(job.run_key).is_evaluated(job.evaluation.folder, job.step)
+
+
+def is_ready(job: Job, storage: Storage) -> bool:
+    """True where the checkpoint is committed; a base needs none."""
+    return job.step == 0 or storage.run(job.run_key).is_committed(job.step)
+
+
+def run_status(run: RunSpec, storage: Storage) -> str:
+    """waiting, running, finished or failed; a finished run whose checkpoints are not all there counts as waiting."""
+    record = read_run(storage, run.run_key)
+    if record is None:
+        return "waiting"
+    folder = storage.run(run.run_key)
+    if record["status"] == "finished" and not all(folder.is_committed(step) for step in run.checkpoint_steps):
+        return "waiting"
+    return str(record["status"])
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a sweep stands."""
+
+    runs: dict[str, list[str]]
+    """status -> run keys."""
+    errors: dict[str, str]
+    """run key -> error of a failed run."""
+    evaluations_done: int
+    evaluations: int
+
+    @property
+    def is_complete(self) -> bool:
+        return not (self.runs["waiting"] or self.runs["running"] or self.runs["failed"]) and self.evaluations_done == self.evaluations
+
+    def as_json(self) -> str:
+        return json.dumps(
+            {
+                "runs": self.runs,
+                "errors": self.errors,
+                "evaluations_done": self.evaluations_done,
+                "evaluations": self.evaluations,
+                "time": now(),
+            },
+            indent=2,
+        )
+
+
+def standing(plan: Plan, storage: Storage) -> Standing:
+    """Counts what storage holds of a plan."""
+    runs: dict[str, list[str]] = {"finished": [], "running": [], "waiting": [], "failed": []}
+    errors = {}
+    for run in plan.runs:
+        status = run_status(run, storage)
+        runs[status].append(run.run_key)
+        if status == "failed":
+            errors[run.run_key] = str((read_run(storage, run.run_key) or {}).get("error"))
+    jobs = all_jobs(plan)
+    return Standing(runs, errors, sum(is_done(job, storage) for job in jobs), len(jobs))

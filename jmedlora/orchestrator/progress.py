@@ -1,0 +1,130 @@
+"""What the terminal shows while a sweep runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from jmedlora.config.clock import now
+from jmedlora.orchestrator.ledger import Job, is_done
+from jmedlora.plan.estimates import TRIAL_START_S
+from jmedlora.plan.layout import Storage
+from jmedlora.plan.specs import Plan
+
+REFRESH_S = 1.0
+LINE_EVERY_S = 10.0
+
+
+class ProgressDisplay:
+    """A live table in a terminal; elsewhere a line every ten seconds. Runs in a thread of its own."""
+
+    def __init__(
+        self,
+        console: Console,
+        plan: Plan,
+        storage: Storage,
+        tracker: ActorHandle,
+        jobs: list[Job],
+        names: dict[str, str],
+        lanes: int,
+        actors: int,
+    ):
+        self._console = console
+        self._plan, self._storage, self._tracker, self._names = plan, storage, tracker, names
+        self._undone = [job for job in jobs if not is_done(job, storage)]
+        self._total = len(jobs)
+        self._lanes, self._actors = max(1, lanes), max(1, actors)
+        self._started = now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def __enter__(self) -> ProgressDisplay:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _show(self) -> None:
+        if self._console.is_terminal:
+            with Live(console=self._console, refresh_per_second=4, transient=True) as live:
+                self._each(REFRESH_S, lambda state: live.update(self._panel(state)))
+        else:
+            self._each(LINE_EVERY_S, lambda state: self._console.print(self._line(state), highlight=False, soft_wrap=True))
+
+    def _each(self, every_s: float, show: Callable[[dict[str, Any]], None]) -> None:
+        while not self._stop.wait(every_s):
+            try:
+                state = ray.get(self._tracker.progress.remote(), timeout=30)
+            except ray.exceptions.RayError as error:
+                self._console.print(f"progress is not known: {type(error).__name__}")
+                continue
+            self._undone = [job for job in self._undone if not is_done(job, self._storage)]
+            show(state)
+
+    # -- texts
+
+    def _panel(self, state: dict[str, Any]) -> Group:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for column in ("training", "epoch", "step", "loss", "tokens/s"):
+            table.add_column(column, justify="left" if column == "training" else "right", no_wrap=True)
+        for key, run in self._running(state):
+            table.add_row(self._names.get(key, key), *self._cells(run))
+        evaluating = [Text(f"evaluating  {what}", style="cyan") for what in state["evaluating"]]
+        return Group(table, *evaluating, Text(self._totals(state), style="bold"))
+
+    def _line(self, state: dict[str, Any]) -> str:
+        parts = []
+        for key, run in self._running(state):
+            epoch, step, loss, speed = self._cells(run)
+            parts.append(f"{self._names.get(key, key)}: epoch {epoch}, step {step}, loss {loss}, {speed} tokens/s")
+        parts += [f"evaluating {what}" for what in state["evaluating"]]
+        return f"[{_duration(now() - self._started)}] " + "; ".join([*parts, self._totals(state)])
+
+    def _running(self, state: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+        return [(key, run) for key, run in state["runs"].items() if run.get("status") == "running"]
+
+    def _cells(self, run: dict[str, Any]) -> tuple[str, str, str, str]:
+        if "loss" not in run:
+            return "-", f"0/{run.get('total_steps', '?')}", "-", "-"
+        return f"{run['epoch']:.1f}", f"{run['step']}/{run.get('total_steps', '?')}", f"{run['loss']:.3f}", f"{run['tokens_per_s']:.0f}"
+
+    def _totals(self, state: dict[str, Any]) -> str:
+        done = self._total - len(self._undone)
+        finished = sum(run.get("status") == "finished" for run in state["runs"].values())
+        left = self._seconds_left(state)
+        queued = len(self._undone) - len(state["evaluating"])
+        text = f"runs {finished}/{len(self._plan.runs)} trained, evaluations {done}/{self._total} done, {max(0, queued)} to come"
+        return text + (f", about {_duration(left)} left" if left is not None else "")
+
+    def _seconds_left(self, state: dict[str, Any]) -> float | None:
+        """From what a step and an evaluation took so far: training and evaluation go on side by side."""
+        runs = state["runs"]
+        steps = sum(run.get("step", 0) for run in runs.values())
+        if not steps:
+            return None
+        per_step = sum(run.get("training_s", 0.0) for run in runs.values()) / steps
+        to_train = {
+            run.run_key: run.total_steps for run in self._plan.runs if runs.get(run.run_key, {}).get("status") not in ("finished", "failed")
+        }
+        known = {key for key, run in runs.items() if run.get("status") in ("finished", "failed")}
+        remaining = sum(max(0, total - runs.get(key, {}).get("step", 0)) for key, total in to_train.items() if key not in known)
+        waiting = sum(key not in runs for key in to_train)
+        training = (remaining * per_step + waiting * TRIAL_START_S) / self._lanes
+        evaluation = len(self._undone) * (state["evaluation_s"] or 0.0) / self._actors
+        return max(training, evaluation)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

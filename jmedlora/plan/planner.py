@@ -1,0 +1,257 @@
+"""A sweep as runs, base runs, evaluations and trials."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jmedlora.config.compose import load_sweep
+from jmedlora.config.digest import key_of
+from jmedlora.config.faults import BadInput, Fault
+from jmedlora.config.parts import Architecture, BenchmarkConfig, DataConfig, MethodConfig, ModelConfig, Precision, PromptConfig
+from jmedlora.config.run import RunSettings
+from jmedlora.config.sweep import SweepConfig, SweepFile
+from jmedlora.data.benchmarks import Benchmark, load_benchmark
+from jmedlora.data.files import NotHereYet
+from jmedlora.data.instructions import load_instructions
+from jmedlora.data.prompts import render_prompt
+from jmedlora.data.rows import Instruction
+from jmedlora.plan.checks import check_prompt, check_run, check_storage
+from jmedlora.plan.expand import expand_runs
+from jmedlora.plan.identity import base_key, evaluation_key, model_identity, run_key, trajectory_key
+from jmedlora.plan.shapes import architecture_of, model_parameters
+from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec, TrialSpec
+from jmedlora.plan.weights import WeightsFolder, locate_weights
+
+SAMPLE_ROWS = 200
+"""Rows that are looked at for mean lengths."""
+UNKNOWN_ROW_CHARACTERS = 250.0
+"""Assumed length of a row that is not here yet."""
+
+
+def open_sweep(sweep: str, overrides: list[str] | None = None) -> tuple[SweepConfig, Plan]:
+    """Reads, checks and plans a sweep by name or path; raises BadInput with every fault of configuration and data at once."""
+    config = load_sweep(sweep, overrides, inspect=_faults_inside)
+    return config, make_plan(config)
+
+
+def _faults_inside(part: DataConfig | BenchmarkConfig, file: SweepFile) -> list[Fault]:
+    try:
+        sources = Path(file.sources)
+        _ = load_instructions(part, sources) if isinstance(part, DataConfig) else load_benchmark(part, sources)
+    except NotHereYet:
+        pass
+    except BadInput as bad:
+        return bad.faults
+    return []
+
+
+def make_plan(config: SweepConfig) -> Plan:
+    """Checks everything that can be checked without GPU, Ray or network, and lays the sweep out.
+
+    Raises BadInput with every fault found. Named sources that are not here are listed in `missing`.
+    """
+    return _Planner(config).plan()
+
+
+@dataclass(frozen=True)
+class _Model:
+    config: ModelConfig
+    identity: dict[str, object]
+    architecture: Architecture | None
+    parameters: int
+    is_here: bool
+
+
+@dataclass(frozen=True)
+class _Data:
+    config: DataConfig
+    digest: str
+    rows: list[Instruction]
+    size: int
+    is_here: bool
+
+
+@dataclass
+class _Planner:
+    config: SweepConfig
+    faults: list[Fault] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    row_characters: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    def plan(self) -> Plan:
+        config = self.config
+        check_storage(config, self.faults)
+        for prompt in config.prompts.values():
+            check_prompt(prompt, self.faults)
+        models = {name: self._model(model) for name, model in config.models.items()}
+        data = {name: self._data(part) for name, part in config.data.items()}
+        evaluations = self._evaluations()
+        settings = expand_runs(config, self.faults)
+        for run in settings:
+            check_run(run, config, models[run.model].architecture, self.faults)
+        if self.faults:
+            raise BadInput(self.faults)
+        runs = [self._run(run, models[run.model], data[run.data]) for run in settings]
+        return Plan(
+            sweep=config.name,
+            bases=self._bases(runs, models),
+            runs=runs,
+            evaluations=evaluations,
+            trials=[self._trial([run]) for run in runs],
+            default_prompt=config.evaluation_prompts[0],
+            missing=self.missing,
+            note=config.note,
+        )
+
+    # -- sources
+
+    def _model(self, model: ModelConfig) -> _Model:
+        weights = locate_weights(model, self.config.sources_path, self.config.offline)
+        if weights.fault:
+            self.faults.append(weights.fault)
+        if weights.missing:
+            self.missing.append(weights.missing)
+        architecture = architecture_of(model, weights.folder, self.faults)
+        parameters = model_parameters(model.family, architecture) if architecture else 0
+        return _Model(model, self._identity(model, weights), architecture, parameters, is_here=not weights.missing)
+
+    def _identity(self, model: ModelConfig, weights: WeightsFolder) -> dict[str, object]:
+        identity = model_identity(model, weights.folder)
+        return {**identity, "revision": weights.revision} if weights.revision else identity
+
+    def _data(self, part: DataConfig) -> _Data:
+        try:
+            loaded = load_instructions(part, self.config.sources_path)
+            return _Data(part, loaded.digest, loaded.rows, len(loaded.rows), is_here=True)
+        except NotHereYet as absent:
+            self.missing.append(str(absent))
+            if part.declared_rows is None:
+                self.faults.append(
+                    Fault(f"data {part.name}", "declared_rows", "missing for data that is not here yet", "the number of rows it will have")
+                )
+            return _Data(part, f"not here yet: {part.name}", [], part.declared_rows or 1, is_here=False)
+        except BadInput as bad:
+            self.faults.extend(bad.faults)
+            return _Data(part, "", [], 1, is_here=False)
+
+    def _evaluations(self) -> list[EvaluationSpec]:
+        specs = []
+        for part in self.config.benchmarks:
+            benchmark: Benchmark | None = None
+            try:
+                benchmark = load_benchmark(part, self.config.sources_path)
+            except NotHereYet as absent:
+                self.missing.append(str(absent))
+            except BadInput as bad:
+                self.faults.extend(bad.faults)
+                continue
+            most = max(self.config.shots)
+            if benchmark and most > len(benchmark.examples):
+                told = f"{most} is not possible with benchmark {part.name}, which has {len(benchmark.examples)} examples"
+                allowed = f"at most {len(benchmark.examples)}, or more examples (fewshot, fewshot_items)"
+                self.faults.append(Fault(self.config.file, "shots", told, allowed))
+            benchmark_digest = benchmark.digest if benchmark else f"not here yet: {part.name}"
+            for prompt in (self.config.prompts[name] for name in self.config.evaluation_prompts):
+                for shots in self.config.shots:
+                    specs.append(
+                        EvaluationSpec(
+                            evaluation_key=evaluation_key(part, benchmark_digest, prompt, shots, self.config.evaluate.max_new_tokens),
+                            benchmark=part,
+                            benchmark_digest=benchmark_digest,
+                            prompt_characters=_prompt_characters(benchmark, prompt, shots),
+                            questions=len(benchmark.questions) if benchmark else part.declared_questions or 0,
+                            shots=shots,
+                            prompt=prompt,
+                            max_new_tokens=self.config.evaluate.max_new_tokens,
+                            batch_size=self.config.evaluate.batch_size,
+                        )
+                    )
+        return specs
+
+    # -- runs
+
+    def _run(self, settings: RunSettings, model: _Model, data: _Data) -> RunSpec:
+        method = self.config.methods[settings.method]
+        prompt = self.config.prompts[settings.prompt]
+        precision, compute = self._precisions(method)
+        steps_per_epoch = math.ceil(data.size / settings.batch_size)
+        total = settings.max_steps if settings.max_steps is not None else math.ceil(steps_per_epoch * (settings.epochs or 0))
+        identity = (settings, model.identity, method, precision, data.digest, prompt, total)
+        return RunSpec(
+            run_key=run_key(*identity),
+            trajectory_key=trajectory_key(*identity),
+            settings=settings,
+            model=model.config,
+            method=method,
+            precision=precision,
+            compute_precision=compute,
+            data=data.config,
+            data_digest=data.digest,
+            rows=data.size,
+            prompt=prompt,
+            deepspeed=self.config.deepspeeds[settings.deepspeed],
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total,
+            checkpoint_steps=checkpoint_steps(self.config.evaluate.every, steps_per_epoch, total),
+            base_key=base_key(model.identity, precision, method.double_quantisation),
+            model_parameters=model.parameters,
+            row_characters=self._row_characters(data, prompt),
+            provisional=not (model.is_here and data.is_here),
+        )
+
+    def _row_characters(self, data: _Data, prompt: PromptConfig) -> float:
+        key = (data.config.name, prompt.name)
+        if key not in self.row_characters:
+            sample = data.rows[:: max(1, len(data.rows) // SAMPLE_ROWS)]
+            lengths = [len(render_prompt(prompt, row)) + len(row.output) for row in sample]
+            self.row_characters[key] = sum(lengths) / len(lengths) if lengths else UNKNOWN_ROW_CHARACTERS
+        return self.row_characters[key]
+
+    def _precisions(self, method: MethodConfig) -> tuple[Precision, Literal["fp32", "bf16"]]:
+        """bf16 on GPUs, fp32 on CPUs; NF4 weights are computed with in the same format."""
+        compute: Literal["fp32", "bf16"] = "bf16" if self.config.resources.gpus_per_worker else "fp32"
+        return ("nf4" if method.quantisation == "nf4" else compute), compute
+
+    def _bases(self, runs: list[RunSpec], models: dict[str, _Model]) -> list[BaseSpec]:
+        bases: dict[str, BaseSpec] = {}
+        for run in runs:
+            if run.base_key not in bases:
+                bases[run.base_key] = BaseSpec(
+                    run_key=run.base_key,
+                    model=run.model,
+                    precision=run.precision,
+                    compute_precision=run.compute_precision,
+                    double_quantisation=run.method.double_quantisation,
+                    model_parameters=run.model_parameters,
+                    provisional=not models[run.model.name].is_here,
+                )
+        return list(bases.values())
+
+    def _trial(self, runs: list[RunSpec]) -> TrialSpec:
+        resources = self.config.resources
+        return TrialSpec(
+            trial_id=key_of([run.run_key for run in runs]),
+            runs=runs,
+            workers=resources.workers_per_trial,
+            cpus_per_worker=resources.cpus_per_worker,
+            gpus_per_worker=resources.gpus_per_worker,
+        )
+
+
+def _prompt_characters(benchmark: Benchmark | None, prompt: PromptConfig, shots: int) -> float:
+    if benchmark is None:
+        return UNKNOWN_ROW_CHARACTERS * (shots + 1)
+    examples = [example.as_instruction() for example in benchmark.examples[:shots]]
+    lengths = [len(render_prompt(prompt, question.as_instruction(), examples)) for question in benchmark.questions[:SAMPLE_ROWS]]
+    return sum(lengths) / len(lengths)
+
+
+def checkpoint_steps(every: str | int, steps_per_epoch: int, total_steps: int) -> list[int]:
+    """Optimizer steps after which an adapter is written: at epoch ends, every so many steps, or only at the end."""
+    if every == "end":
+        return [total_steps]
+    stride = steps_per_epoch if every == "epoch" else int(every)
+    return sorted({*range(stride, total_steps, stride), total_steps})

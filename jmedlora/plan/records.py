@@ -1,0 +1,70 @@
+"""Reading what runs and evaluations have left in storage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jmedlora.plan.layout import METRICS, PREDICTIONS, Storage
+from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec
+
+Record = dict[str, Any]
+
+
+def read_run(storage: Storage, run_key: str) -> Record | None:
+    """run.json, or None for a run that has not begun."""
+    return _read_json(storage.run(run_key).run_json)
+
+
+def read_training(storage: Storage, run_key: str) -> list[Record]:
+    """The records of train.jsonl, one per optimizer step, in order; of a step taken twice (after a restart) the later one."""
+    by_step = {record["step"]: record for record in _read_lines(storage.run(run_key).train_jsonl)}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def read_metrics(storage: Storage, run_key: str, step: int, evaluation: EvaluationSpec) -> Record | None:
+    """metrics.json, or None for an evaluation that is not finished."""
+    return _read_json(storage.run(run_key).evaluation(evaluation.folder, step) / METRICS)
+
+
+def read_predictions(storage: Storage, run_key: str, step: int, evaluation: EvaluationSpec) -> list[Record]:
+    """The lines of predictions.jsonl, one per question; empty where there are none yet."""
+    return _read_lines(storage.run(run_key).evaluation(evaluation.folder, step) / PREDICTIONS)
+
+
+def steps_of(spec: RunSpec | BaseSpec) -> list[int]:
+    """Optimizer steps at which a run is evaluated: a base at step 0 alone, a run at its checkpoints."""
+    return list(spec.checkpoint_steps) if isinstance(spec, RunSpec) else [0]
+
+
+def finished_metrics(plan: Plan, storage: Storage, spec: RunSpec | BaseSpec) -> Iterator[tuple[int, EvaluationSpec, Record]]:
+    """What is evaluated of one run or base, by step and then in the plan's order of evaluations."""
+    for step in steps_of(spec):
+        for evaluation in plan.evaluations:
+            metrics = read_metrics(storage, spec.run_key, step, evaluation)
+            if metrics is not None:
+                yield step, evaluation, metrics
+
+
+def _read_json(path: Path) -> Record | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _read_lines(path: Path) -> list[Record]:
+    """A last line that is still being written is left out."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    # split on line feeds only: answers may hold characters that str.splitlines takes for line ends
+    *whole, last = text.split("\n")
+    records = [json.loads(line) for line in whole if line]
+    try:
+        return [*records, json.loads(last)] if last else records
+    except json.JSONDecodeError:
+        return records

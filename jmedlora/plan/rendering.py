@@ -1,0 +1,165 @@
+"""The plan for people and for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jmedlora.config.faults import Fault
+from jmedlora.config.parts import Architecture
+from jmedlora.config.sweep import SweepConfig
+from jmedlora.plan.estimates import Totals, TrialEstimate, estimate_totals, estimate_trial
+from jmedlora.plan.naming import names_of
+from jmedlora.plan.shapes import architecture_of
+from jmedlora.plan.specs import Plan, RunSpec
+from jmedlora.plan.weights import locate_weights
+
+MAX_ROWS = 40
+"""Runs that the table shows; `--json` shows all."""
+
+
+def estimates_of(plan: Plan, config: SweepConfig) -> tuple[list[TrialEstimate], Totals]:
+    """Estimates of every trial and of the whole."""
+    shapes = {model.name: _shape(config, model.name) for model in config.models.values()}
+    trials = [estimate_trial(trial, config.resources, shapes) for trial in plan.trials]
+    return trials, estimate_totals(plan, trials, config.resources)
+
+
+def plan_as_json(plan: Plan, config: SweepConfig) -> dict[str, Any]:
+    """`runs` (each with its keys, settings and model_parameters), `bases`, `evaluations`, `trials`, `totals`, `missing`."""
+    trials, totals = estimates_of(plan, config)
+    return {
+        "sweep": plan.sweep,
+        "runs": [_run_as_json(run) for run in plan.runs],
+        "bases": [
+            {
+                "run_key": base.run_key,
+                "model": base.model.name,
+                "precision": base.precision,
+                "model_parameters": base.model_parameters,
+                "provisional": base.provisional,
+            }
+            for base in plan.bases
+        ],
+        "evaluations": [
+            {
+                "evaluation_key": spec.evaluation_key,
+                "benchmark": spec.benchmark.name,
+                "shots": spec.shots,
+                "prompt": spec.prompt.name,
+                "questions": spec.questions,
+            }
+            for spec in plan.evaluations
+        ],
+        "trials": [
+            {
+                "trial_id": trial.trial_id,
+                "runs": [run.run_key for run in trial.runs],
+                "workers": trial.workers,
+                "gpus": trial.workers * trial.gpus_per_worker,
+                **asdict(estimate),
+            }
+            for trial, estimate in zip(plan.trials, trials, strict=True)
+        ],
+        "totals": asdict(totals),
+        "missing": plan.missing,
+    }
+
+
+def print_plan(plan: Plan, config: SweepConfig, console: Console) -> None:
+    """A table of runs, then the totals; every time and size is an estimate."""
+    trials, totals = estimates_of(plan, config)
+    names = names_of(plan)
+    estimate_by_run = {run.run_key: estimate for trial, estimate in zip(plan.trials, trials, strict=True) for run in trial.runs}
+    gpus = config.resources.gpus_per_worker > 0
+    table = Table(title=f"sweep {plan.sweep}", title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for column in ("run_key", "run", "steps", "checkpoints", "learning rate", "memory per " + ("GPU" if gpus else "worker"), "time"):
+        table.add_column(column, justify="left" if column in ("run_key", "run") else "right", no_wrap=column != "run")
+    for run in plan.runs[:MAX_ROWS]:
+        estimate = estimate_by_run[run.run_key]
+        memory = Text(f"{estimate.memory_gb:.1f} GB", style="" if estimate.fits else "red")
+        key = run.run_key + ("?" if run.provisional else "")
+        table.add_row(
+            key,
+            names[run.run_key],
+            str(run.total_steps),
+            str(len(run.checkpoint_steps)),
+            f"{run.settings.learning_rate:g}",
+            memory,
+            _time(estimate.seconds),
+        )
+    console.print(table)
+    if len(plan.runs) > MAX_ROWS:
+        console.print(f"... and {len(plan.runs) - MAX_ROWS} more runs (--json shows all)")
+    _print_totals(plan, totals, trials, config, console)
+
+
+def _print_totals(plan: Plan, totals: Totals, trials: list[TrialEstimate], config: SweepConfig, console: Console) -> None:
+    bases = ", ".join(f"{base.model.name} {base.precision} ({base.model_parameters / 1e9:.3g} B parameters)" for base in plan.bases)
+    console.print(f"\n{totals.runs} runs in {totals.trials} trials over {totals.bases} bases: {bases}", highlight=False)
+    console.print(
+        f"{totals.evaluations} evaluations ({totals.questions} answers); checkpoints take {_size(totals.disk_bytes)} on disk",
+        highlight=False,
+    )
+    machines = f"{totals.concurrent_trials} trials at once" if totals.concurrent_trials else "trials at once: as many as the cores allow"
+    console.print(
+        f"estimated from shapes and assumed speeds: training {_time(totals.training_hours * 3600)}, "
+        f"evaluation {_time(totals.evaluation_hours * 3600)}, all in all {_time(totals.makespan_hours * 3600)} ({machines})",
+        highlight=False,
+    )
+    assumed = sorted({name for method in config.methods.values() for name in method.assumed if name not in config.training})
+    if assumed:
+        console.print(f"assumed, not reported by the study: {', '.join(assumed)}", highlight=False)
+    if not all(estimate.fits for estimate in trials):
+        console.print(f"[red]red[/]: more than the {config.resources.gpu_memory_gb:g} GB of a GPU (resources.gpu_memory_gb)")
+    for line in plan.missing:
+        console.print(f"[yellow]not here yet[/]: {line}", highlight=False, soft_wrap=True)
+    if plan.missing:
+        console.print("run keys with a question mark may change once everything is here")
+
+
+def _run_as_json(run: RunSpec) -> dict[str, Any]:
+    settings = run.settings.model_dump(mode="json")
+    return {
+        "run_key": run.run_key,
+        "trajectory_key": run.trajectory_key,
+        "base_key": run.base_key,
+        "provisional": run.provisional,
+        **settings,
+        "alpha": run.settings.alpha_value,
+        "precision": run.precision,
+        "zero_stage": run.deepspeed.zero_stage,
+        "rows": run.rows,
+        "steps": run.total_steps,
+        "checkpoint_steps": run.checkpoint_steps,
+        "model_parameters": run.model_parameters,
+    }
+
+
+def _shape(config: SweepConfig, name: str) -> Architecture:
+    model = config.models[name]
+    faults: list[Fault] = []
+    shape = architecture_of(model, locate_weights(model, Path(config.sources), config.offline).folder, faults)
+    assert shape is not None, faults
+    return shape
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} d"
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

@@ -1,0 +1,102 @@
+"""What the plan hands to training, evaluation, tracking and report: plain, JSON-able descriptions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jmedlora.config.parts import BenchmarkConfig, DataConfig, DeepSpeedConfig, MethodConfig, ModelConfig, Part, Precision, PromptConfig
+from jmedlora.config.run import RunSettings
+
+ScoringWay = Literal["generate"]
+
+
+class RunSpec(Part):
+    """One adapter to be trained: resolved settings, resolved parts and its identity."""
+
+    run_key: str
+    trajectory_key: str
+    settings: RunSettings
+    model: ModelConfig
+    method: MethodConfig
+    precision: Precision
+    """How the base weights are held: fp32, bf16 or nf4."""
+    compute_precision: Literal["fp32", "bf16"]
+    """The number format of activations."""
+    data: DataConfig
+    data_digest: str
+    rows: int
+    prompt: PromptConfig
+    deepspeed: DeepSpeedConfig
+    steps_per_epoch: int
+    total_steps: int
+    checkpoint_steps: list[int]
+    """Optimizer steps (1-based) after which an adapter is written and evaluated; the last is `total_steps`."""
+    base_key: str
+    """run_key of the base run that this run is compared with."""
+    model_parameters: int
+    row_characters: float
+    """Mean characters of a row with its prompt, for estimates."""
+    provisional: bool = False
+    """True where a source is not here yet, so that the key may still change."""
+
+
+class BaseSpec(Part):
+    """A bare base model at one load precision, evaluated once as `step-000000`."""
+
+    run_key: str
+    model: ModelConfig
+    precision: Precision
+    compute_precision: Literal["fp32", "bf16"]
+    double_quantisation: bool = True
+    model_parameters: int
+    provisional: bool = False
+
+
+class EvaluationSpec(Part):
+    """One way of scoring a checkpoint: benchmark x shots x prompt."""
+
+    evaluation_key: str
+    benchmark: BenchmarkConfig
+    benchmark_digest: str
+    questions: int
+    prompt_characters: float
+    """Mean characters of a rendered prompt, for estimates."""
+    shots: Annotated[int, Field(ge=0)]
+    prompt: PromptConfig
+    scoring: ScoringWay = "generate"
+    max_new_tokens: int
+    batch_size: int
+    """Prompts decoded at once; not part of the identity."""
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder below `evaluations/`."""
+        return f"{self.benchmark.name}.{self.shots}shot.{self.prompt.name}.{self.evaluation_key}"
+
+
+class TrialSpec(Part):
+    """Runs that share a base model, precision, method and batch geometry, trained by one worker group."""
+
+    trial_id: str
+    runs: list[RunSpec]
+    workers: int
+    cpus_per_worker: int
+    gpus_per_worker: int
+
+
+class Plan(Part):
+    """A whole sweep, ready to be started."""
+
+    sweep: str
+    bases: list[BaseSpec]
+    runs: list[RunSpec]
+    evaluations: list[EvaluationSpec]
+    trials: list[TrialSpec]
+    default_prompt: str
+    """Prompt whose metrics are named without the prompt in MLflow."""
+    missing: list[str] = []
+    """Sources that are not here yet, a line each."""
+    note: str = ""
+    """The sweep file's own note, shown in the report."""

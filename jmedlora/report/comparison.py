@@ -1,0 +1,106 @@
+"""Every run at its last evaluated step beside its base: what the terminal, table.md and the page all show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jmedlora.plan.specs import EvaluationSpec
+from jmedlora.report.collect import METRICS, Metric, Results, RunResult, Score
+
+METRIC_NAMES: dict[Metric, str] = {"accuracy": "accuracy", "exact_match": "exact match", "gestalt_score": "Gestalt score"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score; `change` is against the run's own base, None for a base or where the base is not evaluated yet."""
+
+    value: float
+    change: float | None
+    is_best: bool
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run; `cells` has an entry per shots and metric, None where that is not evaluated at `step`."""
+
+    result: RunResult
+    step: int | None
+    cells: dict[tuple[int, Metric], Cell | None]
+
+    @property
+    def progress(self) -> str:
+        """The step, told apart from the last one where the run is not there yet; or the state of a run without scores."""
+        if self.step is None:
+            return self.result.status
+        return str(self.step) if self.step == self.result.last_step else f"{self.step} of {self.result.last_step}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All runs on one benchmark with one prompt; `shots` in ascending order."""
+
+    benchmark: str
+    prompt: str
+    shots: list[int]
+    lines: list[Line]
+
+
+def compare_runs(results: Results) -> list[Comparison]:
+    """A comparison per benchmark and prompt, in the plan's order."""
+    pairs = dict.fromkeys((item.benchmark.name, item.prompt.name) for item in results.plan.evaluations)
+    return [_compare(results, benchmark, prompt) for benchmark, prompt in pairs]
+
+
+def evaluations_of(results: Results, benchmark: str, prompt: str) -> list[EvaluationSpec]:
+    """The evaluations of one benchmark and prompt, by shots."""
+    chosen = [item for item in results.plan.evaluations if (item.benchmark.name, item.prompt.name) == (benchmark, prompt)]
+    return sorted(chosen, key=lambda item: item.shots)
+
+
+def last_score(result: RunResult, evaluation: EvaluationSpec) -> Score | None:
+    """The score of the last step that is evaluated so far."""
+    scores = result.scores_of(evaluation)
+    return scores[-1] if scores else None
+
+
+def _compare(results: Results, benchmark: str, prompt: str) -> Comparison:
+    evaluations = evaluations_of(results, benchmark, prompt)
+    final = {result.run_key: _final_scores(result, evaluations) for result in results.runs}
+    best = {
+        (item.shots, metric): max((scores[item.shots].value(metric) for scores in final.values() if item.shots in scores), default=0.0)
+        for item in evaluations
+        for metric in METRICS
+    }
+    lines = []
+    for result in results.runs:
+        own = final[result.run_key]
+        base = results.base_of(result)
+        before = final[base.run_key] if base else {}
+        cells = {(shots, metric): _cell(own.get(shots), before.get(shots), metric, peak) for (shots, metric), peak in best.items()}
+        lines.append(Line(result, max((score.step for score in own.values()), default=None), cells))
+    return Comparison(benchmark, prompt, [item.shots for item in evaluations], lines)
+
+
+def _final_scores(result: RunResult, evaluations: list[EvaluationSpec]) -> dict[int, Score]:
+    """Scores by shots, all of the last step at which any of these evaluations is done."""
+    scores = [score for item in evaluations for score in result.scores_of(item)]
+    last = max((score.step for score in scores), default=None)
+    return {score.evaluation.shots: score for score in scores if score.step == last}
+
+
+def _cell(score: Score | None, base: Score | None, metric: Metric, best: float) -> Cell | None:
+    if score is None:
+        return None
+    value = score.value(metric)
+    return Cell(value, None if base is None else value - base.value(metric), value == best > 0)
+
+
+def score_text(value: float) -> str:
+    """Three decimals."""
+    return f"{value:.3f}"
+
+
+def change_text(change: float) -> str:
+    """Three decimals with a sign, a true minus among them; `±0.000` where nothing changed."""
+    text = f"{change:+.3f}"
+    return "±0.000" if float(text) == 0 else text.replace("-", "−")

@@ -1,0 +1,275 @@
+"""Plotly figures: scores by step, 0-shot against few-shot, final scores by rank and epochs, loss.
+
+Figures of scores are drawn once per metric, so that the page can switch between them.
+Colours are legible on white and on near-black; background, text and grid colours are the page's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from jmedlora.plan.naming import number
+from jmedlora.plan.specs import EvaluationSpec
+from jmedlora.report.collect import METRICS, Metric, Results, RunResult
+from jmedlora.report.comparison import METRIC_NAMES, evaluations_of, last_score
+
+COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#06b6d4", "#ec4899", "#84cc16")
+BASE_COLOUR = "#8a94a6"
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
+DRAWN_RUNS = 40
+"""More lines than this cannot be told apart; the best runs are drawn then, and the caption says so."""
+_LABELLED_RUNS = 12  # more labels would lie on one another
+_LOSS_POINTS = 300
+_ROW_HEIGHT = 330  # pixels
+_HOVER = "step %{x}: %{y:.3f}<extra>%{meta}</extra>"
+
+
+@dataclass(frozen=True)
+class PageFigure:
+    """A figure with its words; `figures` has one per metric, or a single one under `loss`."""
+
+    title: str
+    caption: str
+    figures: dict[str, go.Figure]
+
+
+def draw_scores(results: Results, benchmark: str, prompt: str) -> list[PageFigure]:
+    """The figures of one benchmark and prompt; none where nothing is evaluated yet."""
+    evaluations = evaluations_of(results, benchmark, prompt)
+    if not any(result.scores_of(item) for result in results.runs for item in evaluations):
+        return []
+    drawn, told = _limited(results, [result for result in results.tuned if result.scores])
+    figures = [
+        PageFigure(
+            "Scores by training step",
+            f"Step 0 is the base model in the run's own precision. Colours tell method and rank, markers the number of epochs.{told}",
+            {metric: _scores_by_step(results, drawn or results.bases, evaluations, metric) for metric in METRICS},
+        ),
+        PageFigure(
+            "Final scores by rank and epochs",
+            "Each run at its last evaluated step; where runs differ in anything else (a seed), their mean.",
+            {metric: _final_scores(results, evaluations, metric) for metric in METRICS},
+        ),
+    ]
+    if len(evaluations) > 1:
+        first, second = evaluations[:2]
+        across = PageFigure(
+            f"{first.shots}-shot against {second.shots}-shot",
+            f"Dotted lines lead from the base to the tuned model. Above the diagonal, the solved examples in the prompt help.{told}",
+            {metric: _shots_against_shots(results, drawn, first, second, metric) for metric in METRICS},
+        )
+        figures.insert(1, across)
+    return figures
+
+
+def draw_losses(results: Results) -> list[PageFigure]:
+    """The training loss by optimizer step, with a row of axes per model; none where nothing is trained yet."""
+    drawn, told = _limited(results, [result for result in results.tuned if result.training.steps])
+    if not drawn:
+        return []
+    models = list(dict.fromkeys(result.model for result in drawn))
+    figure = _grid(models, [""], shared_yaxes="rows")
+    style = _Styles(results)
+    for result in drawn:
+        steps, losses = _thinned(result.training.steps, result.training.losses)
+        trace = go.Scatter(x=steps, y=losses, mode="lines", **style.line(result), hovertemplate=_HOVER)
+        figure.add_trace(trace, row=models.index(result.model) + 1, col=1)
+    _lay_out(figure, len(models), "optimizer step", "training loss")
+    return [PageFigure("Training loss", f"Mean loss per answer token of each mini-batch.{told}", {"loss": figure})]
+
+
+# ---------------------------------------------------------------- the figures
+
+
+def _scores_by_step(results: Results, drawn: list[RunResult], evaluations: list[EvaluationSpec], metric: Metric) -> go.Figure:
+    models = list(dict.fromkeys(result.model for result in drawn))
+    figure = _grid(models, [f"{item.shots}-shot" for item in evaluations], shared_yaxes="rows")
+    style = _Styles(results)
+    for column, evaluation in enumerate(evaluations, start=1):
+        for result in drawn:
+            base = results.base_of(result)
+            scores = [*(base.scores_of(evaluation) if base else []), *result.scores_of(evaluation)]
+            steps, values = [score.step for score in scores], [_rounded(score.value(metric)) for score in scores]
+            trace = go.Scatter(x=steps, y=values, mode="lines+markers", **style.line(result), hovertemplate=_HOVER)
+            figure.add_trace(trace, row=models.index(result.model) + 1, col=column)
+    return _lay_out(figure, len(models), "optimizer step", METRIC_NAMES[metric])
+
+
+def _shots_against_shots(
+    results: Results, drawn: list[RunResult], first: EvaluationSpec, second: EvaluationSpec, metric: Metric
+) -> go.Figure:
+    figure = go.Figure()
+    style = _Styles(results)
+    corners: list[float] = []
+    for result in [*results.bases, *drawn]:
+        path = []
+        for part in (results.base_of(result), result):
+            scores = [last_score(part, item) for item in (first, second)] if part else []
+            path += [[_rounded(score.value(metric)) for score in scores if score]] if scores and all(scores) else []
+        look = style.line(result)
+        if len(drawn) <= _LABELLED_RUNS and path:
+            look |= {"text": [*[""] * (len(path) - 1), result.name.removeprefix(f"{result.model} ")], "textposition": "top center"}
+        look["line"] = look["line"] | {"width": 1.5, "dash": "dot"}
+        look["marker"] = look["marker"] | {"size": [*[0] * (len(path) - 1), 12]}
+        hover = f"{first.shots}-shot %{{x:.3f}}, {second.shots}-shot %{{y:.3f}}<extra>%{{meta}}</extra>"
+        figure.add_trace(
+            go.Scatter(
+                x=[x for x, _ in path], y=[y for _, y in path], mode="lines+markers+text", cliponaxis=False, **look, hovertemplate=hover
+            )
+        )
+        corners += [value for point in path for value in point]
+    ends = [min(corners, default=0.0), max(corners, default=1.0)]
+    figure.add_shape(type="line", x0=ends[0], y0=ends[0], x1=ends[1], y1=ends[1], line={"color": BASE_COLOUR, "width": 1, "dash": "dash"})
+    name = METRIC_NAMES[metric]
+    return _lay_out(figure, 1, f"{first.shots}-shot {name}", f"{second.shots}-shot {name}")
+
+
+def _final_scores(results: Results, evaluations: list[EvaluationSpec], metric: Metric) -> go.Figure:
+    models = list(dict.fromkeys(result.model for result in results.tuned)) or results.models
+    figure = _grid(models, [f"{item.shots}-shot" for item in evaluations], shared_yaxes="all")
+    epochs = sorted({result.epochs for result in results.tuned})
+    for column, evaluation in enumerate(evaluations, start=1):
+        for row, model in enumerate(models, start=1):
+            tuned = [result for result in results.tuned if result.model == model and result.scores_of(evaluation)]
+            places = list(dict.fromkeys((result.method, result.rank) for result in tuned))
+            axis = [[method for method, _ in places], [f"rank {rank}" for _, rank in places]]
+            first = (row, column) == (1, 1)
+            for duration, colour in zip(epochs, cycle(COLOURS)):
+                groups = [[r for r in tuned if (r.method, r.rank, r.epochs) == (*place, duration)] for place in places]
+                name = f"{number(duration)} epoch{'' if duration == 1 else 's'}"
+                bar = go.Bar(
+                    x=axis,
+                    y=[_mean_score(group, evaluation, metric) for group in groups],
+                    name=name,
+                    legendgroup=name,
+                    showlegend=first,
+                    marker={"color": colour},
+                    customdata=[len(group) for group in groups],
+                    hovertemplate="%{y:.3f}, runs: %{customdata}<extra>%{fullData.name}</extra>",
+                )
+                figure.add_trace(bar, row=row, col=column)
+            bases = [
+                {base.run_key: base for r in tuned if (r.method, r.rank) == place and (base := results.base_of(r))} for place in places
+            ]
+            ticks = go.Scatter(
+                x=axis,
+                y=[_mean_score(list(group.values()), evaluation, metric) for group in bases],
+                mode="markers",
+                name="base",
+                legendgroup="base",
+                showlegend=first,
+                marker={"symbol": "line-ew-open", "size": 44, "line": {"width": 2, "color": BASE_COLOUR}, "color": BASE_COLOUR},
+                hovertemplate="%{y:.3f}<extra>base</extra>",
+            )
+            figure.add_trace(ticks, row=row, col=column)
+    figure.update_layout(barmode="group", bargap=0.3)
+    return _lay_out(figure, len(models), "", METRIC_NAMES[metric])
+
+
+# ---------------------------------------------------------------- parts of figures
+
+
+class _Styles:
+    """One colour per method and rank, one marker per number of epochs; a legend entry for each colour."""
+
+    def __init__(self, results: Results):
+        groups = dict.fromkeys((result.method, result.rank) for result in results.tuned)
+        self._colours = {group: COLOURS[index % len(COLOURS)] for index, group in enumerate(groups)}
+        epochs = sorted({result.epochs for result in results.tuned})
+        self._symbols = {value: SYMBOLS[index % len(SYMBOLS)] for index, value in enumerate(epochs)}
+        self._told: set[str] = set()
+
+    def line(self, result: RunResult) -> dict[str, Any]:
+        """Keyword arguments of a Scatter trace."""
+        name = "base" if result.is_base else f"{result.method} rank {result.rank}"
+        first = name not in self._told
+        self._told.add(name)
+        colour = BASE_COLOUR if result.is_base else self._colours[result.method, result.rank]
+        return {
+            "name": name,
+            "meta": result.name,
+            "legendgroup": name,
+            "showlegend": first,
+            "line": {"color": colour, "width": 2, "dash": "dash" if result.method == "qlora" else "solid"},
+            "marker": {"color": colour, "size": 8, "symbol": "x" if result.is_base else self._symbols[result.epochs]},
+        }
+
+
+def _limited(results: Results, runs: list[RunResult]) -> tuple[list[RunResult], str]:
+    """The runs to draw, and the sentence that tells of those left out."""
+    if len(runs) <= DRAWN_RUNS:
+        return runs, ""
+    evaluation = results.plan.evaluations[0]
+
+    def merit(result: RunResult) -> float:
+        score = last_score(result, evaluation)
+        return score.gestalt_score if score else -1.0
+
+    best = {result.run_key for result in sorted(runs, key=merit, reverse=True)[:DRAWN_RUNS]}
+    return [
+        result for result in runs if result.run_key in best
+    ], f" The {DRAWN_RUNS} best of {len(runs)} runs are drawn; table.csv has all."
+
+
+def _grid(models: Sequence[str], columns: Sequence[str], shared_yaxes: str) -> go.Figure:
+    """A row of axes per model, a column per number of shots."""
+    several = len(models) > 1
+    titles = [", ".join(filter(None, [model if several else "", column])) for model in models for column in columns]
+    return make_subplots(
+        rows=len(models),
+        cols=len(columns),
+        subplot_titles=titles,
+        shared_yaxes=shared_yaxes,
+        horizontal_spacing=0.04,
+        vertical_spacing=0.3 / len(models) ** 1.5,
+    )
+
+
+def _lay_out(figure: go.Figure, rows: int, x_title: str, y_title: str) -> go.Figure:
+    """Sizes and titles: x below the last row, y beside the first column."""
+    figure.update_layout(
+        template=None,
+        height=_ROW_HEIGHT * rows + 90,
+        margin={"l": 60, "r": 20, "t": 40, "b": 50},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0 + 0.12 / rows, "x": 0},
+        hoverlabel={"namelength": -1},
+    )
+    figure.update_xaxes(zeroline=False, automargin=True)
+    figure.update_yaxes(zeroline=False, automargin=True)
+    columns = len(list(figure.select_xaxes())) // rows
+    for index, axis in enumerate(figure.select_xaxes()):
+        if index >= columns * (rows - 1):
+            axis.title.text = x_title
+    for index, axis in enumerate(figure.select_yaxes()):
+        if index % columns == 0:
+            axis.title.text = y_title
+    return figure
+
+
+def _mean_score(group: list[RunResult], evaluation: EvaluationSpec, metric: Metric) -> float | None:
+    scores = [score for result in group if (score := last_score(result, evaluation))]
+    return _mean([score.value(metric) for score in scores])
+
+
+def _rounded(value: float) -> float:
+    return round(value, 5)
+
+
+def _thinned(steps: list[int], losses: list[float | None]) -> tuple[list[float], list[float | None]]:
+    """At most `_LOSS_POINTS` points: neighbouring steps are averaged."""
+    width = -(-len(steps) // _LOSS_POINTS)
+    chunks = [slice(first, first + width) for first in range(0, len(steps), width)]
+    return [_mean(steps[chunk]) or 0.0 for chunk in chunks], [_mean(losses[chunk]) for chunk in chunks]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    finite = [value for value in values if value is not None]
+    return _rounded(sum(finite) / len(finite)) if finite else None

@@ -1,0 +1,97 @@
+"""One self-contained HTML page: tables, figures and examples, without a single request to anywhere."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from jmedlora.plan.layout import Storage
+from jmedlora.plan.specs import RunSpec
+from jmedlora.report.collect import METRICS, Results
+from jmedlora.report.comparison import METRIC_NAMES, Comparison, change_text, compare_runs, score_text
+from jmedlora.report.examples import choose_examples
+from jmedlora.report.figures import PageFigure, draw_losses, draw_scores
+from jmedlora.report.table import cost_rows
+
+_TEMPLATE = "template.html.j2"
+_SYNTHETIC = ("synthetic", "made-up", "合成")
+
+
+def page_html(results: Results, storage: Storage) -> str:
+    """The report as one HTML text, plotly.js included."""
+    environment = Environment(
+        loader=PackageLoader("jmedlora.report", package_path=""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"score": score_text, "change": change_text, "day": _day, "duration": _duration}
+    sections = [_section(results, comparison) for comparison in compare_runs(results)]
+    losses = draw_losses(results)
+    figures = [figure for section in sections for figure in section["figures"]] + losses
+    return environment.get_template(_TEMPLATE).render(
+        plan=results.plan,
+        results=results,
+        facts=_facts(results),
+        sections=sections,
+        losses=losses,
+        examples=choose_examples(results, storage),
+        costs=cost_rows(results),
+        metrics=METRICS,
+        metric_names=METRIC_NAMES,
+        figures_json=_script_json([_figure_json(figure) for figure in figures]),
+        plotly=Markup(get_plotlyjs()) if figures else "",
+    )
+
+
+def _section(results: Results, comparison: Comparison) -> dict[str, Any]:
+    return {"comparison": comparison, "figures": draw_scores(results, comparison.benchmark, comparison.prompt)}
+
+
+def _figure_json(figure: PageFigure) -> dict[str, Any]:
+    return {metric: json.loads(drawn.to_json()) for metric, drawn in figure.figures.items()}
+
+
+def _script_json(value: Any) -> Markup:
+    """JSON that cannot end the script element that it stands in."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def _facts(results: Results) -> dict[str, Any]:
+    """What the page's head tells of the sweep."""
+    runs = [result.spec for result in results.tuned if isinstance(result.spec, RunSpec)]
+    data = list({run.data_digest or run.data.name: (run.data, run.rows) for run in runs}.values())
+    benchmarks = list({item.benchmark.name: (item.benchmark, item.questions) for item in results.plan.evaluations}.values())
+    notes = [*(part.note for part, _ in data), *(part.note for part, _ in benchmarks)]
+    times = [score.time for result in results.runs for score in result.scores]
+    times += [time for result in results.tuned for time in (result.started, result.finished) if time is not None]
+    wanted = sum(len(run.checkpoint_steps) for run in runs) + len(results.bases)
+    return {
+        "data": data,
+        "benchmarks": benchmarks,
+        "is_synthetic": any(word in note.lower() for note in notes for word in _SYNTHETIC),
+        "begun": min(times, default=None),
+        "ended": max(times, default=None),
+        "counts": {
+            state: sum(result.status == state for result in results.tuned) for state in ("finished", "running", "waiting", "failed")
+        },
+        "failed": [result for result in results.tuned if result.status == "failed"],
+        "evaluations_done": sum(len(result.scores) for result in results.runs),
+        "evaluations_wanted": wanted * len(results.plan.evaluations),
+    }
+
+
+def _day(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s" if rest >= 60 else f"{rest} s"

@@ -1,0 +1,43 @@
+"""All files of a sweep's report."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from jmedlora.plan.layout import Storage
+from jmedlora.plan.specs import Plan
+from jmedlora.report.collect import collect_results
+from jmedlora.report.page import page_html
+from jmedlora.report.table import costs_csv, table_csv, table_md
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """Where the report lies."""
+
+    folder: Path
+    page: Path
+    table_csv: Path
+    table_md: Path
+    costs_csv: Path
+
+
+def write_report(plan: Plan, storage: Storage) -> ReportFiles:
+    """Writes the report of what is stored so far into the sweep's folder; each file is replaced in one step."""
+    results = collect_results(plan, storage)
+    folder = storage.sweep(plan.sweep).report
+    files = ReportFiles(folder, folder / "index.html", folder / "table.csv", folder / "table.md", folder / "costs.csv")
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(files.table_csv, table_csv(results))
+    _replace(files.table_md, table_md(results))
+    _replace(files.costs_csv, costs_csv(results))
+    _replace(files.page, page_html(results, storage))
+    return files
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

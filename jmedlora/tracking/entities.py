@@ -1,0 +1,150 @@
+"""What a run looks like in MLflow: parameters, metric names, datasets, tables."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+
+from jmedlora.config.parts import BenchmarkConfig, DataConfig
+from jmedlora.plan.naming import epochs_of, number, targets_of
+from jmedlora.plan.records import Record
+from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec
+
+ROLE = "jmedlora.role"
+SWEEP_ROLE = "sweep"
+SCORES = ("accuracy", "exact_match", "gestalt_score")
+_DIGEST_LENGTH = 32  # MLflow takes 36 characters at most
+_TABLE_COLUMNS = ("problem_id", "question", "answer", "response", "prediction", "chosen", "gold", "correct", "exact_match", "gestalt_score")
+
+
+def view_state(plan: Plan) -> str:
+    """What MLflow's page shows of a sweep when it is opened through the sweep's address: the children, the best first.
+
+    By itself the page folds the children away below their parent, and then has nothing to draw charts of.
+    """
+    scores = [f"metrics.`{metric_prefix(plan, item)}/gestalt_score`" for item in plan.evaluations]
+    columns = [f"params.`{key}`" for key in ("model", "method", "precision", "lora_rank", "epochs")]
+    return json.dumps(
+        {
+            "searchFilter": f"tags.`{ROLE}` != '{SWEEP_ROLE}'",
+            "orderByKey": scores[0] if scores else "attributes.start_time",
+            "orderByAsc": False,
+            "selectedColumns": [*columns, *scores],
+            "runsHiddenMode": "FIRST_20_RUNS",
+        }
+    )
+
+
+def milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def run_params(run: RunSpec, workers: int, zero_stage: int) -> dict[str, str]:
+    """Parameters of a run; a base has the same keys, so that MLflow's comparison views line up."""
+    settings = run.settings
+    values: dict[str, Any] = {
+        "model": run.model.name,
+        "method": run.method.name,
+        "precision": run.precision,
+        "lora_rank": settings.rank,
+        "lora_alpha": settings.alpha_value,
+        "lora_dropout": settings.dropout,
+        "lora_targets": targets_of(run),
+        "epochs": epochs_of(run),
+        "steps": run.total_steps,
+        "batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "schedule": settings.schedule,
+        "warmup_steps": settings.warmup_steps,
+        "optimizer": settings.optimizer,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": "-" if settings.max_grad_norm is None else settings.max_grad_norm,
+        "max_input_tokens": settings.max_input_tokens,
+        "max_target_tokens": settings.max_target_tokens,
+        "seed": settings.seed,
+        "zero_stage": zero_stage,
+        "workers": workers,
+        "data": run.data.name,
+        "rows": run.rows,
+        "prompt": run.prompt.name,
+        "model_parameters": run.model_parameters,
+    }
+    return {key: _spell(value) for key, value in values.items()}
+
+
+def base_params(base: BaseSpec) -> dict[str, str]:
+    """Parameters of a bare base model: the keys of `run_params`, with 0 or `-` for what training would set."""
+    values: dict[str, Any] = {
+        "model": base.model.name,
+        "method": "base",
+        "precision": base.precision,
+        **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), 0),
+        "lora_targets": "-",
+        **dict.fromkeys(("epochs", "steps", "batch_size", "learning_rate"), 0),
+        "schedule": "-",
+        "warmup_steps": 0,
+        "optimizer": "-",
+        "weight_decay": 0,
+        **dict.fromkeys(("max_grad_norm", "max_input_tokens", "max_target_tokens", "seed", "zero_stage", "workers", "data"), "-"),
+        "rows": 0,
+        "prompt": "-",
+        "model_parameters": base.model_parameters,
+    }
+    return {key: _spell(value) for key, value in values.items()}
+
+
+def _spell(value: Any) -> str:
+    return number(value) if isinstance(value, int | float) else str(value)
+
+
+def metric_prefix(plan: Plan, evaluation: EvaluationSpec) -> str:
+    """`igakuqa/1shot`, and `igakuqa/1shot/other-prompt` for prompts beside the sweep's own."""
+    prefix = f"{evaluation.benchmark.name}/{evaluation.shots}shot"
+    return prefix if evaluation.prompt.name == plan.default_prompt else f"{prefix}/{evaluation.prompt.name}"
+
+
+def score_points(prefix: str, metrics: Record, step: int) -> list[Metric]:
+    """The scores of one evaluation, dated when it was made."""
+    return [Metric(f"{prefix}/{score}", metrics[score], milliseconds(metrics["time"]), step) for score in SCORES]
+
+
+def training_points(record: Record) -> list[Metric]:
+    """The metrics of one optimizer step, dated when it was taken; what a step did not measure is left out."""
+    values = {key: record.get(key) for key in ("loss", "learning_rate", "grad_norm")}
+    if record.get("tokens") and record.get("seconds"):
+        values["tokens_per_s"] = record["tokens"] / record["seconds"]
+    timestamp = milliseconds(record["time"])
+    return [Metric(f"train/{key}", value, timestamp, record["step"]) for key, value in values.items() if value is not None]
+
+
+def predictions_table(predictions: list[Record], step: int) -> str:
+    """Predictions in the JSON of MLflow's table artifacts."""
+    columns = [column for column in _TABLE_COLUMNS if predictions and column in predictions[0]]
+    rows = [[step, *(_cell(row.get(column)) for column in columns)] for row in predictions]
+    return json.dumps({"columns": ["step", *columns], "data": rows}, ensure_ascii=False)
+
+
+def _cell(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def dataset_inputs(plan: Plan, spec: RunSpec | BaseSpec) -> list[DatasetInput]:
+    """The training data (of a run) and the benchmarks; those that are not here yet have no digest and are left out."""
+    inputs = [_dataset(run.data, run.data_digest, run.rows, "training") for run in [spec] if isinstance(run, RunSpec) and run.data_digest]
+    benchmarks = {item.benchmark_digest: item for item in plan.evaluations if item.benchmark_digest}
+    inputs += [_dataset(item.benchmark, digest, item.questions, "evaluation") for digest, item in benchmarks.items()]
+    return inputs
+
+
+def _dataset(part: DataConfig | BenchmarkConfig, digest: str, rows: int, context: str) -> DatasetInput:
+    where = part.path or (f"jmedlora:{part.bundled}" if part.bundled else f"named:{part.source.name}" if part.source else part.name)
+    dataset = Dataset(
+        name=part.name,
+        digest=digest[:_DIGEST_LENGTH],
+        source_type="local",
+        source=json.dumps({"uri": where}),
+        profile=json.dumps({"num_rows": rows}),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])

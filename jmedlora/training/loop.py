@@ -1,0 +1,106 @@
+"""One trial: its runs one after another, over one loaded base model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from jmedlora.models.load import load_base, load_tokenizer
+from jmedlora.models.source import materialise
+from jmedlora.plan.layout import Storage
+from jmedlora.plan.specs import RunSpec, TrialSpec
+from jmedlora.training.engine import NotFinite
+from jmedlora.training.process import Worker, this_worker
+from jmedlora.training.records import Listener, RunRecords, Status
+from jmedlora.training.run import BaseModel, digest_tokenizer, train_run
+
+__all__ = ["Listener", "RunOutcome", "is_finished", "train_trial"]
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a run ended; `skipped` where it was finished before this trial began."""
+
+    run_key: str
+    status: Status
+    error: str | None = None
+    skipped: bool = False
+
+
+def train_trial(trial: TrialSpec, storage: Storage, sources: Path, offline: bool, listener: Listener) -> list[RunOutcome]:
+    """Trains those runs of a trial that are not finished, in order; every worker of the process group calls it.
+
+    A run that fails is recorded, and the next goes on. With several workers an error other than a loss that is not
+    finite is raised after recording, since the workers cannot know whether they still agree.
+    Raises ValueError when the runs cannot share a base model, and what loading the base raises.
+    """
+    _check_shared(trial)
+    worker = this_worker()
+    base: BaseModel | None = None
+    outcomes = []
+    for spec in trial.runs:
+        if _agreed(worker, is_finished(storage, spec)):
+            outcomes.append(RunOutcome(spec.run_key, "finished", skipped=True))
+            continue
+        if base is None:
+            base = _load(spec, sources, offline, worker)
+        outcomes.append(_train(spec, base, storage, sources, worker, listener))
+    return outcomes
+
+
+def is_finished(storage: Storage, spec: RunSpec) -> bool:
+    """True once a run is recorded as finished and its last checkpoint is committed."""
+    folder = storage.run(spec.run_key)
+    try:
+        status = json.loads(folder.run_json.read_text(encoding="utf-8"))["status"]
+    except FileNotFoundError:
+        return False
+    return status == "finished" and folder.is_committed(spec.total_steps)
+
+
+def _train(spec: RunSpec, base: BaseModel, storage: Storage, sources: Path, worker: Worker, listener: Listener) -> RunOutcome:
+    folder = storage.run(spec.run_key)
+    records = RunRecords(folder, spec, worker.workers, worker.device.type, listener) if worker.leads else None
+    try:
+        train_run(spec, base, folder, sources, worker, records)
+        outcome = RunOutcome(spec.run_key, "finished")
+    except NotFinite as reason:
+        outcome = RunOutcome(spec.run_key, "failed", str(reason))
+    except Exception as reason:
+        outcome = RunOutcome(spec.run_key, "failed", f"{type(reason).__name__}: {reason}")
+        if worker.workers > 1:
+            if records is not None:
+                records.end(outcome.status, outcome.error)
+            raise
+    if records is not None:
+        records.end(outcome.status, outcome.error)
+    return outcome
+
+
+def _check_shared(trial: TrialSpec) -> None:
+    kinds = {
+        (run.model.model_dump_json(), run.precision, run.compute_precision, run.method.double_quantisation, run.deepspeed.zero_stage)
+        for run in trial.runs
+    }
+    if len(kinds) != 1:
+        raise ValueError(f"trial {trial.trial_id}: its runs differ in base model, precision or ZeRO stage, or it has none")
+
+
+def _agreed(worker: Worker, answer: bool) -> bool:
+    """The leading worker's answer, on every worker: storage may look different from elsewhere for a moment."""
+    answers = [answer if worker.leads else None]
+    dist.broadcast_object_list(answers, src=0)
+    return bool(answers[0])
+
+
+def _load(spec: RunSpec, sources: Path, offline: bool, worker: Worker) -> BaseModel:
+    folder = materialise(spec.model, sources, offline)
+    # ZeRO-3 moves unquantised weights to the device in shards; what is quantised has to be there from the start.
+    in_shards = spec.deepspeed.zero_stage == 3 and spec.precision != "nf4"
+    device = torch.device("cpu") if in_shards else worker.device
+    model = load_base(folder, spec.precision, spec.compute_precision, spec.method.double_quantisation, device)
+    return BaseModel(model, load_tokenizer(folder), digest_tokenizer(folder))

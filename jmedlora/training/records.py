@@ -1,0 +1,112 @@
+"""What training tells about a run: run.json, train.jsonl, and calls of a listener."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from jmedlora.config import clock
+from jmedlora.plan.layout import RunFolder
+from jmedlora.plan.specs import RunSpec
+
+_LIBRARIES = ("jmedlora", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "datasets")
+
+
+Status = Literal["finished", "failed"]
+
+
+class Listener(Protocol):
+    """Told about a trial's runs as they go, on the leading worker only, after the same has been written to storage."""
+
+    def on_run_start(self, run_key: str, total_steps: int) -> None: ...
+
+    def on_step(self, run_key: str, record: dict[str, Any]) -> None: ...
+
+    def on_checkpoint(self, run_key: str, step: int) -> None: ...
+
+    def on_run_end(self, run_key: str, status: Status, error: str | None) -> None: ...
+
+
+class RunRecords:
+    """The records of one run, kept by the leading worker; what an earlier, unfinished start has left is removed."""
+
+    def __init__(self, folder: RunFolder, spec: RunSpec, workers: int, device: str, listener: Listener):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        folder.train_jsonl.unlink(missing_ok=True)
+        self._folder = folder
+        self._run_key = spec.run_key
+        self._listener = listener
+        self._facts: dict[str, Any] = {
+            "run_key": spec.run_key,
+            "status": "running",
+            "settings": spec.settings.model_dump(mode="json"),
+            "model": spec.model.model_dump(mode="json"),
+            "method": spec.method.name,
+            "precision": spec.precision,
+            "compute_precision": spec.compute_precision,
+            "data_digest": spec.data_digest,
+            "rows": spec.rows,
+            "total_steps": spec.total_steps,
+            "workers": workers,
+            "zero_stage": spec.deepspeed.zero_stage,
+            "device": device,
+            "versions": library_versions(),
+            "started": clock.now(),
+            "finished": None,
+            "error": None,
+        }
+        self._write()
+        listener.on_run_start(spec.run_key, spec.total_steps)
+
+    def tell(self, **facts: Any) -> None:
+        """Adds facts to run.json."""
+        self._facts.update(facts)
+        self._write()
+
+    def add_step(self, record: dict[str, Any]) -> None:
+        """Adds a line to train.jsonl."""
+        with self._folder.train_jsonl.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record) + "\n")
+        self._listener.on_step(self._run_key, record)
+
+    def add_checkpoint(self, step: int) -> None:
+        """Tells of a checkpoint that is committed."""
+        self._listener.on_checkpoint(self._run_key, step)
+
+    def end(self, status: Status, error: str | None) -> None:
+        """Marks the run as finished or failed."""
+        self.tell(status=status, error=error, finished=clock.now())
+        self._listener.on_run_end(self._run_key, status, error)
+
+    def _write(self) -> None:
+        write_json(self._folder.run_json, self._facts)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is the old one or the new one at any moment, also after a crash."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+@lru_cache(maxsize=1)
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a result may depend on beyond its run key."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # a checkout that is not installed
+            continue
+    return versions

@@ -1,0 +1,162 @@
+"""One run: an adapter trained from its first step to its last."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from jmedlora.config import clock
+from jmedlora.config.digest import key_of
+from jmedlora.data.instructions import load_instructions
+from jmedlora.data.prompts import prompt_digest
+from jmedlora.data.tokenisation import tokenise_rows
+from jmedlora.models.adapters import base_name, save_adapter
+from jmedlora.models.dropout import DropoutContext
+from jmedlora.models.lora import ADAPTER, attach_lora
+from jmedlora.models.source import cache_dir
+from jmedlora.plan.layout import RunFolder
+from jmedlora.plan.specs import RunSpec
+from jmedlora.training.batches import MiniBatches, divide
+from jmedlora.training.engine import NotFinite, RunEngine, sum_over_workers
+from jmedlora.training.loss import collate, labelled_tokens
+from jmedlora.training.process import Worker
+from jmedlora.training.records import RunRecords
+from jmedlora.training.schedule import factor
+
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model that the runs of a trial share, with its tokenizer and the digest of the tokenizer's files."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_digest: str
+
+
+def digest_tokenizer(folder: Path) -> str:
+    """SHA-256 over the files of a model folder that say how texts become tokens, in hex."""
+    total = hashlib.sha256()
+    for file in sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)}):
+        total.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def train_run(spec: RunSpec, base: BaseModel, folder: RunFolder, sources: Path, worker: Worker, records: RunRecords | None) -> None:
+    """Trains one adapter and writes its checkpoints to `folder`; `base` is afterwards as it was before.
+
+    records: on the leading worker only. Raises NotFinite, on every worker alike, when loss or gradient is not a number.
+    """
+    rows = _TrainingSet(spec, base, sources)
+    batches = MiniBatches(rows.lengths, spec.settings.batch_size, spec.settings.seed, spec.settings.length_grouping)
+    if len(rows.lengths) != spec.rows or batches.steps_per_epoch != spec.steps_per_epoch:
+        raise ValueError(f"run {spec.run_key}: planned with {spec.rows} rows, found {len(rows.lengths)}")
+    if records is not None:
+        records.tell(truncated_rows=rows.truncated)
+    with _adapter(spec, base.model, worker) as (adapted, engine, dropout):
+        for step in range(1, spec.total_steps + 1):
+            record = _train_step(spec, step, rows, batches, engine, dropout, worker, base.tokenizer)
+            if records is not None:
+                records.add_step(record)
+            if step in spec.checkpoint_steps:
+                _checkpoint(spec, step, folder, adapted, engine, records)
+
+
+class _TrainingSet:
+    """Tokenised rows of a run, memory-mapped."""
+
+    def __init__(self, spec: RunSpec, base: BaseModel, sources: Path):
+        loaded = load_instructions(spec.data, sources)
+        if loaded.digest != spec.data_digest:
+            raise ValueError(f"data {spec.data.name}: changed since the sweep was planned")
+        limits = (spec.settings.max_input_tokens, spec.settings.max_target_tokens)
+        identity = key_of({"data": loaded.digest, "tokenizer": base.tokenizer_digest, "prompt": prompt_digest(spec.prompt), "limits": limits})
+        self._rows: datasets.Dataset = tokenise_rows(loaded.rows, spec.prompt, base.tokenizer, identity, *limits, cache_dir())
+        table = self._rows.data
+        self.lengths: np.ndarray = pyarrow.compute.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
+        self.prompt_lengths: np.ndarray = table["prompt_length"].to_numpy().astype(np.int64)
+        self.truncated = int(pyarrow.compute.sum(table["truncated"]).as_py() or 0)
+
+    def labelled(self, rows: list[int]) -> int:
+        """Tokens of these rows that the loss counts."""
+        return sum(labelled_tokens(int(self.lengths[row]), int(self.prompt_lengths[row])) for row in rows)
+
+    def take(self, rows: list[int]) -> list[dict[str, Any]]:
+        return [self._rows[row] for row in rows]
+
+
+@contextmanager
+def _adapter(spec: RunSpec, model: PreTrainedModel, worker: Worker) -> Iterator[tuple[PeftModel, RunEngine, DropoutContext]]:
+    """A fresh adapter on an engine of its own; taken out again at the end, whatever happens."""
+    dropout = DropoutContext(spec.settings.seed)
+    adapted = attach_lora(model, spec.settings, spec.model.family, model.device, dropout)
+    try:
+        engine = RunEngine(adapted, spec.settings, spec.deepspeed.zero_stage, spec.compute_precision, worker)
+        try:
+            yield adapted, engine, dropout
+        finally:
+            engine.close()
+    finally:
+        adapted.unload()
+        model.eval()
+
+
+def _train_step(
+    spec: RunSpec,
+    step: int,
+    rows: _TrainingSet,
+    batches: MiniBatches,
+    engine: RunEngine,
+    dropout: DropoutContext,
+    worker: Worker,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """One optimizer step over all workers; returns its line of train.jsonl."""
+    settings, started = spec.settings, time.perf_counter()
+    taken = batches.rows_of(step)
+    labelled = rows.labelled(taken)
+    mine = divide(taken, rows.lengths, worker.workers, settings.micro_batch_size)[worker.rank]
+    total = torch.zeros((), device=worker.device)
+    for place, micro_batch in enumerate(mine, start=1):
+        dropout.enter(step, micro_batch.rows, worker.device)
+        tensors = collate(rows.take(micro_batch.rows), int(tokenizer.pad_token_id), worker.device)
+        total += engine.backward(tensors, micro_batch.weight, labelled, last=place == len(mine))
+    loss = sum_over_workers(total) / labelled
+    if not math.isfinite(loss):
+        raise NotFinite(f"step {step}: the loss is {loss}")
+    learning_rate = settings.learning_rate * factor(step, settings, spec.total_steps)
+    try:
+        grad_norm = engine.step(learning_rate)
+    except NotFinite as reason:
+        raise NotFinite(f"step {step}: the {reason}") from None
+    return {
+        "step": step,
+        "epoch": step / spec.steps_per_epoch,
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "grad_norm": grad_norm,
+        "tokens": int(rows.lengths[taken].sum()),
+        "seconds": time.perf_counter() - started,
+        "time": clock.now(),
+    }
+
+
+def _checkpoint(spec: RunSpec, step: int, folder: RunFolder, adapted: PeftModel, engine: RunEngine, records: RunRecords | None) -> None:
+    tensors = engine.adapter_tensors()
+    if records is not None:
+        save_adapter(folder.checkpoint(step), tensors, adapted.peft_config[ADAPTER], base_name(spec.model))
+        records.add_checkpoint(step)
