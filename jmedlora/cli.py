@@ -56,9 +56,11 @@ def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = 
     # what can be wrong is known by now: from here on the heavy libraries are worth their time
     from jmedlora.orchestrator.driver import run_sweep
     from jmedlora.orchestrator.ledger import HeldByAnother
-    from jmedlora.orchestrator.preflight import fetch_missing
 
-    planned = fetch_missing(config, planned)
+    if planned.missing:
+        from jmedlora.orchestrator.preflight import fetch_missing
+
+        planned = fetch_missing(config, planned)
     console = _console()
     try:
         outcome = run_sweep(config, planned, address, console)
@@ -179,6 +181,8 @@ def _print_outcome(console: Console, storage: Path, name: str, errors: dict[str,
     for problem in problems:
         console.print(f"[red]problem[/] {problem}", soft_wrap=True)
     console.print(f"report: {storage / 'sweeps' / name / 'report' / 'index.html'}", soft_wrap=True, highlight=False)
+    change = "" if storage == Path.cwd() / "results" else f" storage={storage}"
+    console.print(f"MLflow: {sys.argv[0]} ui {name}{change}", soft_wrap=True, highlight=False)
 
 
 def _print_comparison(console: Console, storage: Path, name: str) -> None:

@@ -25,7 +25,8 @@ from jmedlora.plan.specs import RunSpec, TrialSpec
 
 PROMPT = PromptConfig(name="tiny", template="{{ instruction }}\n{{ input }}\n答え：")
 ROWS = [
-    Instruction("次の問題に答えよ。", "糖尿病" * (1 + place % 3), "インスリン"[: 1 + place % 5] + "a" * (place * 7 % 11)) for place in range(13)
+    Instruction("次の問題に答えよ。", "糖尿病" * (1 + place % 3), "インスリン"[: 1 + place % 5] + "a" * (place * 7 % 11))
+    for place in range(13)
 ]
 
 

@@ -27,7 +27,7 @@ class RunSettings(Part):
     alpha: Annotated[float, Field(gt=0)] | AlphaRatio = 32.0
     """A number, or `2r` for twice the rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: Literal["attention", "all-linear"] | list[str] = "attention"
+    targets: Literal["attention", "all-linear"] | tuple[str, ...] = "attention"
     """`attention`: query, key and value; `all-linear`: every linear layer but the output projection; or module names."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     max_steps: Annotated[int, Field(ge=1)] | None = None

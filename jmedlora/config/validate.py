@@ -99,7 +99,7 @@ def validated(model: type[PartT], value: Mapping[str, Any], where: str, prefix: 
 def check_field(model: type[BaseModel], field: str, value: Any, where: str, key: str) -> list[Fault]:
     """Faults of one value for one field of a model."""
     info = model.model_fields[field]
-    annotation = typing.Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
+    annotation: Any = typing.Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
     try:
         TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,12 +163,14 @@ class Evaluator:
         """Wrap the base's layers and fill them from the file; unlike PeftModel.from_pretrained, raise for weights without a match."""
         config = LoraConfig.from_pretrained(folder)
         config.inference_mode = True
-        # Created empty: no random numbers are drawn for what is overwritten.
-        self._adapted = PeftModelForCausalLM(self._base, config, low_cpu_mem_usage=True).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT and transformers among themselves
+            # Created empty: no random numbers are drawn for what is overwritten.
+            self._adapted = PeftModelForCausalLM(self._base, config, low_cpu_mem_usage=True).eval()
         loaded = set_peft_model_state_dict(self._adapted, load_peft_weights(folder, device=str(self.device)), low_cpu_mem_usage=True)
         unmatched = [*loaded.unexpected_keys, *(key for key in loaded.missing_keys if ".lora_" in key)]
         if unmatched:
-            raise AdapterDoesNotFit(f"{folder}: {len(unmatched)} weights have no match in the base model's layers, {unmatched[0]} among them")
+            raise AdapterDoesNotFit(f"{folder}: {len(unmatched)} weights without a match in the base model, {unmatched[0]} among them")
 
     def _unload_adapter(self) -> None:
         """Take the adapter's layers out again: what is left is the base as it was loaded."""
@@ -186,6 +189,7 @@ class Evaluator:
 def _prediction(question: Question, text: str, score: ResponseScore) -> dict[str, Any]:
     return {
         "problem_id": question.problem_id,
+        "question": question.text,
         "prediction": text,
         "response": score.response,
         "answer": question.answer,
@@ -208,6 +212,6 @@ def _write(file: Path, rows: Iterable[dict[str, Any]], indent: int | None = None
                 stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False, indent=indent) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(aside, file)
+        aside.replace(file)
     finally:
         aside.unlink(missing_ok=True)

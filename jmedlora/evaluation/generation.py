@@ -62,9 +62,11 @@ def max_prompt_tokens(model: PreTrainedModel, max_new_tokens: int) -> int:
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_tokens: int) -> EncodedPrompts:
     """Encode prompts; one of more than `max_tokens` tokens keeps its end, where the question is."""
-    whole = [encode_prompt(tokenizer, prompt, None) for prompt in prompts]
-    cut = [encode_prompt(tokenizer, prompt, max_tokens) if len(ids) > max_tokens else ids for prompt, ids in zip(prompts, whole, strict=True)]
-    return EncodedPrompts(cut, sum(len(ids) > max_tokens for ids in whole))
+    token_ids = [encode_prompt(tokenizer, prompt, None) for prompt in prompts]
+    too_long = [i for i, ids in enumerate(token_ids) if len(ids) > max_tokens]
+    for i in too_long:
+        token_ids[i] = encode_prompt(tokenizer, prompts[i], max_tokens)
+    return EncodedPrompts(token_ids, len(too_long))
 
 
 @torch.inference_mode()
@@ -90,7 +92,8 @@ def decode_greedily(
     answers: list[list[int]] = [[] for _ in token_ids]
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        for row, answer in zip(rows, _decode_batch(model, [token_ids[row] for row in rows], prefix, stop, max_new_tokens, device), strict=True):
+        batch = _decode_batch(model, [token_ids[row] for row in rows], prefix, stop, max_new_tokens, device)
+        for row, answer in zip(rows, batch, strict=True):
             answers[row] = answer
         if on_batch is not None:
             on_batch(start + len(rows))

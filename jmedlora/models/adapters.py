@@ -88,4 +88,3 @@ def _write_config(folder: Path, config: LoraConfig, base: str) -> None:
 def _facts(file: Path) -> dict[str, str | int]:
     with file.open("rb") as stream:
         return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": file.stat().st_size}
-

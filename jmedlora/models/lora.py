@@ -64,7 +64,7 @@ def attach_lora(model: PreTrainedModel, settings: RunSettings, family: Family, d
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
-        lora_alpha=int(settings.alpha_value) if settings.alpha_value.is_integer() else settings.alpha_value,  # type: ignore[arg-type]
+        lora_alpha=int(settings.alpha_value) if settings.alpha_value.is_integer() else settings.alpha_value,
         lora_dropout=settings.dropout,
         target_modules=target_modules(model, settings, family),
         bias="none",

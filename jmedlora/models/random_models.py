@@ -7,7 +7,15 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.parts import Architecture, Family, ModelConfig
@@ -71,7 +79,7 @@ def write_random_model(model: ModelConfig, seed: int, folder: Path) -> None:
 
 def write_model(model: PreTrainedModel, folder: Path) -> None:
     """`save_pretrained`, also on a worker that does not lead its group: its node may have a cache of its own."""
-    model.should_save_on_this_rank = lambda is_main_process: True  # type: ignore[method-assign]
+    model.should_save_on_this_rank = lambda is_main_process: True
     model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
         weights.chmod((folder / "config.json").stat().st_mode)  # safetensors makes files that nobody else may read

@@ -78,6 +78,7 @@ def _ray(config: SweepConfig, address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS")
     resources = config.resources
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interruption is ours to handle: Tune would go on to its own end
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # with verbose=0, this one is silent
     previous = signal.signal(signal.SIGTERM, _interrupt)
     common = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "jmedlora"}
     try:

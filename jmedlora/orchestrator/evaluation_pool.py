@@ -145,6 +145,8 @@ class EvaluationPool:
 
     def _content(self, job: Job) -> tuple[str, str, str]:
         """What an evaluation depends on: equal adapters on an equal base are scored once."""
+        from jmedlora.models.adapters import adapter_digest
+
         folder = self.storage.run(job.run_key).checkpoint(job.step)
         return job.base.run_key, adapter_digest(folder), job.evaluation.evaluation_key
 

@@ -8,7 +8,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
@@ -17,7 +17,9 @@ from jmedlora.orchestrator.environment import ON_HEAD
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.records import Record
 from jmedlora.plan.specs import Plan
-from jmedlora.tracking.mlflow_tracker import MlflowTracker
+
+if TYPE_CHECKING:
+    from jmedlora.tracking.mlflow_tracker import MlflowTracker
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +103,8 @@ class TrackerActor:
         return self._errors
 
     def _write(self) -> None:
+        from jmedlora.tracking.mlflow_tracker import MlflowTracker  # takes seconds, which the driver need not wait for
+
         while (write := self._queue.get()) is not None:
             try:
                 if self._tracker is None:

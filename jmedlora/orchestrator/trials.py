@@ -1,4 +1,7 @@
-"""One Ray Tune trial = one Ray Train worker group that trains a list of runs."""
+"""One Ray Tune trial = one Ray Train worker group that trains a list of runs.
+
+Ray Train and torch are imported where they are used: the driver of a sweep, which imports this, needs neither.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.train
 from ray.actor import ActorHandle
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.tune.integration.ray_train import TuneReportCallback
 
 from jmedlora.config.clock import now
 from jmedlora.config.parts import ResourcesConfig
@@ -60,6 +59,10 @@ def run_trial(config: dict[str, Any], context: SweepContext) -> None:
 
     Raises what the worker group raises when its restarts are used up; runs that fail alone are told by their run.json.
     """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
     trial = next(trial for trial in context.plan.trials if trial.trial_id == config["trial_id"])
     resources = context.resources
     per_worker: dict[str, float] = {"CPU": trial.cpus_per_worker}
@@ -87,6 +90,7 @@ def run_trial(config: dict[str, Any], context: SweepContext) -> None:
 
 def train_worker(config: dict[str, Any]) -> None:
     """One worker of the group; Ray Train has set up torch.distributed."""
+    import ray.train
     import torch
 
     from jmedlora.training.loop import train_trial

@@ -57,7 +57,7 @@ def check_run(run: RunSettings, config: SweepConfig, shape: Architecture | None,
         faults.append(Fault(where, "training.batch_size", f"{run.batch_size} rows for {workers} workers", f"at least {workers}"))
     if shape is None:
         return
-    if isinstance(run.targets, list):
+    if isinstance(run.targets, tuple):
         names = [layer.name for layer in linear_layers(model.family, shape)]
         faults.extend(
             Fault(where, "training.targets", f"{target!r} is not a linear layer of {run.model}", ", ".join(names))

@@ -54,7 +54,7 @@ def names_of(plan: Plan) -> dict[str, str]:
     groups: dict[tuple[str, str], list[RunSpec]] = {}
     for run in plan.runs:
         groups.setdefault((run.model.name, run.method.name), []).append(run)
-    names = {}
+    names: dict[str, str] = {}
     for runs in groups.values():
         varied = _varied_settings(runs)
         names |= {run.run_key: _run_name(run, varied) for run in runs}

@@ -94,7 +94,10 @@ class _Planner:
             check_run(run, config, models[run.model].architecture, self.faults)
         if self.faults:
             raise BadInput(self.faults)
-        runs = [self._run(run, models[run.model], data[run.data]) for run in settings]
+        # settings that spell the same adapter (`alpha: 8` and `2r` at rank 4) are one run
+        runs = list(
+            {run.run_key: run for run in reversed([self._run(run, models[run.model], data[run.data]) for run in settings])}.values()
+        )[::-1]
         return Plan(
             sweep=config.name,
             bases=self._bases(runs, models),

@@ -41,7 +41,7 @@ def linear_layers(family: Family, shape: Architecture) -> list[Linear]:
     ]
 
 
-def target_layers(family: Family, shape: Architecture, targets: str | list[str]) -> list[Linear]:
+def target_layers(family: Family, shape: Architecture, targets: str | tuple[str, ...]) -> list[Linear]:
     """The layers of one block that get LoRA weights."""
     layers = linear_layers(family, shape)
     if targets == "all-linear":
@@ -69,7 +69,7 @@ def model_parameters(family: Family, shape: Architecture) -> int:
     return embeddings + linear_parameters(family, shape) + biases + norms
 
 
-def lora_parameters(family: Family, shape: Architecture, rank: int, targets: str | list[str]) -> int:
+def lora_parameters(family: Family, shape: Architecture, rank: int, targets: str | tuple[str, ...]) -> int:
     """Trainable parameters of one adapter."""
     return shape.layers * sum(rank * (layer.in_features + layer.out_features) for layer in target_layers(family, shape, targets))
 

@@ -104,30 +104,39 @@ def _scores_by_step(results: Results, drawn: list[RunResult], evaluations: list[
 def _shots_against_shots(
     results: Results, drawn: list[RunResult], first: EvaluationSpec, second: EvaluationSpec, metric: Metric
 ) -> go.Figure:
-    figure = go.Figure()
+    models = list(dict.fromkeys(result.model for result in drawn)) or results.models
+    figure = _grid(models, [""], shared_yaxes="rows")
     style = _Styles(results)
-    corners: list[float] = []
-    for result in [*results.bases, *drawn]:
-        path = []
-        for part in (results.base_of(result), result):
-            scores = [last_score(part, item) for item in (first, second)] if part else []
-            path += [[_rounded(score.value(metric)) for score in scores if score]] if scores and all(scores) else []
+    hover = f"{first.shots}-shot %{{x:.3f}}, {second.shots}-shot %{{y:.3f}}<extra>%{{meta}}</extra>"
+    corners: dict[str, list[float]] = {model: [] for model in models}
+    for result in [*(base for base in results.bases if base.model in models), *drawn]:
+        point, base = _pair(result, first, second, metric), results.base_of(result)
+        if point is None:
+            continue
+        before = _pair(base, first, second, metric) if base else None
+        path = [before, point] if before else [point]
         look = style.line(result)
-        if len(drawn) <= _LABELLED_RUNS and path:
+        if len(drawn) <= _LABELLED_RUNS:
             look |= {"text": [*[""] * (len(path) - 1), result.name.removeprefix(f"{result.model} ")], "textposition": "top center"}
         look["line"] = look["line"] | {"width": 1.5, "dash": "dot"}
         look["marker"] = look["marker"] | {"size": [*[0] * (len(path) - 1), 12]}
-        hover = f"{first.shots}-shot %{{x:.3f}}, {second.shots}-shot %{{y:.3f}}<extra>%{{meta}}</extra>"
-        figure.add_trace(
-            go.Scatter(
-                x=[x for x, _ in path], y=[y for _, y in path], mode="lines+markers+text", cliponaxis=False, **look, hovertemplate=hover
-            )
+        line = go.Scatter(
+            x=[x for x, _ in path], y=[y for _, y in path], mode="lines+markers+text", cliponaxis=False, **look, hovertemplate=hover
         )
-        corners += [value for point in path for value in point]
-    ends = [min(corners, default=0.0), max(corners, default=1.0)]
-    figure.add_shape(type="line", x0=ends[0], y0=ends[0], x1=ends[1], y1=ends[1], line={"color": BASE_COLOUR, "width": 1, "dash": "dash"})
+        figure.add_trace(line, row=models.index(result.model) + 1, col=1)
+        corners[result.model] += point
+    for row, model in enumerate(models, start=1):
+        low, high = min(corners[model], default=0.0), max(corners[model], default=1.0)
+        diagonal = {"color": BASE_COLOUR, "width": 1, "dash": "dash"}
+        figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line=diagonal, row=row, col=1)
     name = METRIC_NAMES[metric]
-    return _lay_out(figure, 1, f"{first.shots}-shot {name}", f"{second.shots}-shot {name}")
+    return _lay_out(figure, len(models), f"{first.shots}-shot {name}", f"{second.shots}-shot {name}")
+
+
+def _pair(result: RunResult, first: EvaluationSpec, second: EvaluationSpec, metric: Metric) -> tuple[float, float] | None:
+    """Both scores of the run's last step, None where one of them is missing."""
+    one, two = last_score(result, first), last_score(result, second)
+    return (_rounded(one.value(metric)), _rounded(two.value(metric))) if one and two and one.step == two.step else None
 
 
 def _final_scores(results: Results, evaluations: list[EvaluationSpec], metric: Metric) -> go.Figure:
@@ -227,7 +236,7 @@ def _grid(models: Sequence[str], columns: Sequence[str], shared_yaxes: str) -> g
         subplot_titles=titles,
         shared_yaxes=shared_yaxes,
         horizontal_spacing=0.04,
-        vertical_spacing=0.3 / len(models) ** 1.5,
+        vertical_spacing=0.42 / len(models) ** 1.5,
     )
 
 

@@ -7,34 +7,15 @@ from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
+from jmedlora.config.digest import KEY_LENGTH
 from jmedlora.config.parts import BenchmarkConfig, DataConfig
 from jmedlora.plan.naming import epochs_of, number, targets_of
 from jmedlora.plan.records import Record
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec
 
-ROLE = "jmedlora.role"
-SWEEP_ROLE = "sweep"
 SCORES = ("accuracy", "exact_match", "gestalt_score")
-_DIGEST_LENGTH = 32  # MLflow takes 36 characters at most
-_TABLE_COLUMNS = ("problem_id", "question", "answer", "response", "prediction", "chosen", "gold", "correct", "exact_match", "gestalt_score")
-
-
-def view_state(plan: Plan) -> str:
-    """What MLflow's page shows of a sweep when it is opened through the sweep's address: the children, the best first.
-
-    By itself the page folds the children away below their parent, and then has nothing to draw charts of.
-    """
-    scores = [f"metrics.`{metric_prefix(plan, item)}/gestalt_score`" for item in plan.evaluations]
-    columns = [f"params.`{key}`" for key in ("model", "method", "precision", "lora_rank", "epochs")]
-    return json.dumps(
-        {
-            "searchFilter": f"tags.`{ROLE}` != '{SWEEP_ROLE}'",
-            "orderByKey": scores[0] if scores else "attributes.start_time",
-            "orderByAsc": False,
-            "selectedColumns": [*columns, *scores],
-            "runsHiddenMode": "FIRST_20_RUNS",
-        }
-    )
+# MLflow's page groups by the first column and lays the second one side by side
+_TABLE_COLUMNS = ("problem_id", "response", "answer", "question", "prediction", "chosen", "gold", "correct", "exact_match", "gestalt_score")
 
 
 def milliseconds(seconds: float) -> int:
@@ -122,8 +103,8 @@ def training_points(record: Record) -> list[Metric]:
 def predictions_table(predictions: list[Record], step: int) -> str:
     """Predictions in the JSON of MLflow's table artifacts."""
     columns = [column for column in _TABLE_COLUMNS if predictions and column in predictions[0]]
-    rows = [[step, *(_cell(row.get(column)) for column in columns)] for row in predictions]
-    return json.dumps({"columns": ["step", *columns], "data": rows}, ensure_ascii=False)
+    rows = [[*(_cell(row.get(column)) for column in columns), step] for row in predictions]
+    return json.dumps({"columns": [*columns, "step"], "data": rows}, ensure_ascii=False)
 
 
 def _cell(value: Any) -> Any:
@@ -142,7 +123,7 @@ def _dataset(part: DataConfig | BenchmarkConfig, digest: str, rows: int, context
     where = part.path or (f"jmedlora:{part.bundled}" if part.bundled else f"named:{part.source.name}" if part.source else part.name)
     dataset = Dataset(
         name=part.name,
-        digest=digest[:_DIGEST_LENGTH],
+        digest=digest[:KEY_LENGTH],  # MLflow takes 36 characters at most
         source_type="local",
         source=json.dumps({"uri": where}),
         profile=json.dumps({"num_rows": rows}),

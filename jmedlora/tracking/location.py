@@ -6,7 +6,6 @@ import os
 
 from jmedlora.plan.layout import Storage
 
-LOCAL_SERVER = "127.0.0.1:5000"
 VIEW = "jmedlora"
 """Name of the view that a sweep's experiment is opened with."""
 

@@ -20,8 +20,6 @@ from jmedlora.plan.naming import names_of
 from jmedlora.plan.records import Record, finished_metrics, read_metrics, read_predictions, read_run, read_training, steps_of
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec
 from jmedlora.tracking.entities import (
-    ROLE,
-    SWEEP_ROLE,
     base_params,
     dataset_inputs,
     metric_prefix,
@@ -30,9 +28,9 @@ from jmedlora.tracking.entities import (
     run_params,
     score_points,
     training_points,
-    view_state,
 )
-from jmedlora.tracking.location import VIEW, artifact_location
+from jmedlora.tracking.experiment import ROLE, SWEEP_ROLE, create_parent, find_or_create_experiment, runs_of_experiment
+from jmedlora.tracking.location import artifact_location
 
 RUN_KEY = "jmedlora.run_key"
 ERROR = "jmedlora.error"
@@ -40,7 +38,7 @@ PARENT = "mlflow.parentRunId"
 
 _POINTS_PER_CALL = 1000  # MLflow refuses more
 _ERROR_LENGTH = 4000  # characters; MLflow cuts or refuses longer tags
-_STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 # the schema steps of a new database, a line each
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -75,13 +73,12 @@ class MlflowTracker:
 
     def start(self) -> None:
         """Finds or creates the experiment, the parent and every child; children created here get what storage holds."""
-        self._experiment = self._find_or_create_experiment()
-        found = self._search_runs()
+        self._experiment = find_or_create_experiment(self._client, self._plan, self._artifacts)
+        found = runs_of_experiment(self._client, self._experiment)
         parent = next((run for run in found if run.data.tags.get(ROLE) == SWEEP_ROLE), None)
-        self._parent = parent.info.run_id if parent else self._create_parent()
+        self._parent = parent.info.run_id if parent else create_parent(self._client, self._experiment, self._plan)
         self._started = parent.info.start_time / 1000 if parent else now()
         self._client.update_run(self._parent, status="RUNNING")
-        self._client.set_experiment_tag(self._experiment, f"mlflow.sharedViewState.{VIEW}", view_state(self._plan))
         children = {run.data.tags[RUN_KEY]: run for run in found if RUN_KEY in run.data.tags}
         for run_key in self._specs:
             child = children.get(run_key)
@@ -122,10 +119,9 @@ class MlflowTracker:
         """Logs one evaluation (a metrics.json that is in storage); a base's scores also open each of its runs at step 0."""
         run_key, step = metrics["run_key"], metrics["step"]
         evaluation = self._evaluations[metrics["benchmark"], metrics["shots"], metrics["prompt"]]
-        points = score_points(metric_prefix(self._plan, evaluation), metrics, step)
         followers = [run.run_key for run in self._plan.runs if run.base_key == run_key]
         for key in (run_key, *followers):
-            self._client.log_batch(self._children[key], metrics=points)
+            self._log_points(key, self._points(step, evaluation, metrics))
         self._log_predictions(run_key, step, evaluation)
         if isinstance(self._specs[run_key], BaseSpec):
             self._finish_base(run_key)
@@ -143,40 +139,6 @@ class MlflowTracker:
         self._terminate(run_key, _STATUS[status], record.get("finished") or now())
 
     # ---------------------------------------------------------------- finding and creating
-
-    def _find_or_create_experiment(self) -> str:
-        experiment = self._client.get_experiment_by_name(self._plan.sweep)
-        if experiment is None:
-            # without the kind, MLflow's page asks what the experiment is for, and guesses
-            tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": self._description()}
-            return self._client.create_experiment(self._plan.sweep, artifact_location=self._artifacts, tags=tags)
-        if experiment.lifecycle_stage == "deleted":
-            self._client.restore_experiment(experiment.experiment_id)
-        return experiment.experiment_id
-
-    def _search_runs(self) -> list[Run]:
-        """All runs of the experiment that are not deleted."""
-        runs: list[Run] = []
-        token = None
-        while True:
-            page = self._client.search_runs([self._experiment], max_results=1000, page_token=token)
-            runs += page
-            token = page.token
-            if not token:
-                return runs
-
-    def _create_parent(self) -> str:
-        tags = {ROLE: SWEEP_ROLE, "mlflow.note.content": self._description(), "mlflow.source.name": "jmedlora"}
-        return self._client.create_run(self._experiment, start_time=milliseconds(now()), tags=tags, run_name=self._plan.sweep).info.run_id
-
-    def _description(self) -> str:
-        plan = self._plan
-        benchmarks = ", ".join(sorted({item.benchmark.name for item in plan.evaluations}))
-        data = ", ".join(sorted({f"{run.data.name} ({run.rows} rows)" for run in plan.runs}))
-        return (
-            f"Sweep **{plan.sweep}**: {len(plan.runs)} runs over {len(plan.bases)} bases, trained on {data or 'nothing'}, "
-            f"scored on {benchmarks or 'nothing'}. Step 0 of a run is its base in the same precision. For research, not for clinical use."
-        )
 
     def _params(self, run_key: str) -> dict[str, str]:
         spec = self._specs[run_key]
@@ -229,11 +191,11 @@ class MlflowTracker:
             self._replace(run_key, self._children[run_key])  # projects the new child
             return
         self._log_steps(run_key, records)
-        if isinstance(spec, RunSpec):
-            self._log_base_scores(spec)
-        for step, evaluation, metrics in finished_metrics(self._plan, self._storage, spec):
-            points = score_points(metric_prefix(self._plan, evaluation), metrics, step)
-            self._client.log_batch(self._children[run_key], metrics=points)
+        finished = list(finished_metrics(self._plan, self._storage, spec))
+        base = self._specs[spec.base_key] if isinstance(spec, RunSpec) else None
+        opening = finished_metrics(self._plan, self._storage, base) if base else ()
+        self._log_points(run_key, [point for part in (opening, finished) for scored in part for point in self._points(*scored)])
+        for step, evaluation, _ in finished:
             self._log_predictions(run_key, step, evaluation)
         if isinstance(spec, BaseSpec):
             self._finish_base(run_key)
@@ -246,18 +208,17 @@ class MlflowTracker:
         else:
             self.finish_run(run_key, stored["status"], stored.get("error"))
 
-    def _log_base_scores(self, run: RunSpec) -> None:
-        for evaluation in self._plan.evaluations:
-            metrics = read_metrics(self._storage, run.base_key, 0, evaluation)
-            if metrics is not None:
-                self._client.log_batch(self._children[run.run_key], metrics=score_points(metric_prefix(self._plan, evaluation), metrics, 0))
+    def _points(self, step: int, evaluation: EvaluationSpec, metrics: Record) -> list[Metric]:
+        return score_points(metric_prefix(self._plan, evaluation), metrics, step)
+
+    def _log_points(self, run_key: str, points: list[Metric]) -> None:
+        for first in range(0, len(points), _POINTS_PER_CALL):
+            self._client.log_batch(self._children[run_key], metrics=points[first : first + _POINTS_PER_CALL])
 
     def _log_steps(self, run_key: str, records: Sequence[Record]) -> None:
         known = self._steps_of(run_key)
         fresh = [record for record in records if record["step"] not in known]
-        points: list[Metric] = [point for record in fresh for point in training_points(record)]
-        for first in range(0, len(points), _POINTS_PER_CALL):
-            self._client.log_batch(self._children[run_key], metrics=points[first : first + _POINTS_PER_CALL])
+        self._log_points(run_key, [point for record in fresh for point in training_points(record)])
         known.update((record["step"], milliseconds(record["time"])) for record in fresh)
 
     def _steps_of(self, run_key: str) -> dict[int, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -74,6 +75,6 @@ def divide(rows: Sequence[int], lengths: Sequence[int] | np.ndarray, workers: in
     places = rounds * workers
     by_length = sorted(rows, key=lambda row: (-int(lengths[row]), row))
     bounds = [len(by_length) * place // places for place in range(places + 1)]
-    pieces = [by_length[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    pieces = [by_length[start:end] for start, end in pairwise(bounds)]
     micro_batches = [MicroBatch(piece) if piece else MicroBatch([by_length[-1]], 0.0) for piece in pieces]
     return [micro_batches[worker::workers] for worker in range(workers)]

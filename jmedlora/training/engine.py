@@ -42,7 +42,7 @@ class RunEngine:
         _avoid_compiling()
         self._checkpointing = settings.gradient_checkpointing
         if self._checkpointing:
-            adapted.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+            adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
         if compute_precision == "bf16":
             for parameter in _trainable(adapted).values():
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -103,7 +103,7 @@ class RunEngine:
     def close(self) -> None:
         """Takes DeepSpeed's hooks off the model. The engine cannot be used afterwards."""
         if self._checkpointing:
-            self._adapted.get_base_model().gradient_checkpointing_disable()
+            self._adapted.get_base_model().activation_checkpointing_disable()
         self.engine.destroy()
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.compute
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,12 +83,16 @@ class _TrainingSet:
         if loaded.digest != spec.data_digest:
             raise ValueError(f"data {spec.data.name}: changed since the sweep was planned")
         limits = (spec.settings.max_input_tokens, spec.settings.max_target_tokens)
-        identity = key_of({"data": loaded.digest, "tokenizer": base.tokenizer_digest, "prompt": prompt_digest(spec.prompt), "limits": limits})
+        identity = key_of(
+            {"data": loaded.digest, "tokenizer": base.tokenizer_digest, "prompt": prompt_digest(spec.prompt), "limits": limits}
+        )
         self._rows: datasets.Dataset = tokenise_rows(loaded.rows, spec.prompt, base.tokenizer, identity, *limits, cache_dir())
         table = self._rows.data
-        self.lengths: np.ndarray = pyarrow.compute.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
+        self.lengths: np.ndarray = np.concatenate([chunk.value_lengths().to_numpy() for chunk in table["input_ids"].chunks]).astype(
+            np.int64
+        )
         self.prompt_lengths: np.ndarray = table["prompt_length"].to_numpy().astype(np.int64)
-        self.truncated = int(pyarrow.compute.sum(table["truncated"]).as_py() or 0)
+        self.truncated = int(table["truncated"].to_numpy().sum())
 
     def labelled(self, rows: list[int]) -> int:
         """Tokens of these rows that the loss counts."""

@@ -213,7 +213,8 @@ def test_dropout_and_seed_matter(data_file: Path, tmp_path: Path) -> None:
     specs = [run_spec(data_file), run_spec(data_file, dropout=0.0), run_spec(data_file, seed=1)]
     train(tmp_path, *specs)
     curves = [curve(tmp_path, spec) for spec in specs]
-    assert curves[0] != curves[1] and curves[0] != curves[2]
+    assert curves[0] != curves[1]
+    assert curves[0] != curves[2]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "nf4"])
@@ -248,9 +249,11 @@ def test_a_run_that_diverges_fails_alone(data_file: Path, tmp_path: Path) -> Non
     told = Told()
     outcomes = train(tmp_path / "both", wild, tame, listener=told)
     assert [outcome.status for outcome in outcomes] == ["failed", "finished"]
-    assert outcomes[0].error is not None and outcomes[0].error.startswith("step 2: the loss is")
+    assert outcomes[0].error is not None
+    assert outcomes[0].error.startswith("step 2: the loss is")
     recorded = read_run(Storage(tmp_path / "both"), wild.run_key)
-    assert recorded is not None and (recorded["status"], recorded["error"]) == ("failed", outcomes[0].error)
+    assert recorded is not None
+    assert (recorded["status"], recorded["error"]) == ("failed", outcomes[0].error)
     assert ("end", wild.run_key, "failed") in told.calls
     train(tmp_path / "alone", tame)
     assert_same(adapter_of(tmp_path / "both", tame), adapter_of(tmp_path / "alone", tame))
@@ -279,7 +282,9 @@ def test_an_error_fails_one_run_and_the_next_goes_on(data_file: Path, tmp_path: 
     assert "changed since the sweep was planned" in (outcomes[0].error or "")
     assert "no_such_layer" in (outcomes[1].error or "")
     recorded = read_run(Storage(tmp_path), unknown.run_key)
-    assert recorded is not None and recorded["status"] == "failed" and "no_such_layer" in recorded["error"]
+    assert recorded is not None
+    assert recorded["status"] == "failed"
+    assert "no_such_layer" in recorded["error"]
 
 
 def test_finished_runs_are_skipped_and_unfinished_ones_start_over(data_file: Path, tmp_path: Path) -> None:
@@ -289,7 +294,8 @@ def test_finished_runs_are_skipped_and_unfinished_ones_start_over(data_file: Pat
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, halted, listener=Told(interrupt_at=5))
     left = read_run(Storage(tmp_path), halted.run_key)
-    assert left is not None and left["status"] == "running"
+    assert left is not None
+    assert left["status"] == "running"
     assert Storage(tmp_path).run(halted.run_key).is_committed(4)
     stray = Storage(tmp_path).run(halted.run_key).checkpoint(3)
     stray.mkdir()
@@ -313,20 +319,23 @@ def test_records_say_what_happened(data_file: Path, tmp_path: Path) -> None:
     train(tmp_path, spec)
     recorded = read_run(Storage(tmp_path), spec.run_key)
     assert recorded is not None
-    facts = {key: recorded[key] for key in ("run_key", "status", "error", "rows", "total_steps", "truncated_rows", "workers", "zero_stage")}
-    assert facts == {
-        "run_key": spec.run_key, "status": "finished", "error": None, "rows": 13, "total_steps": 6, "truncated_rows": 13, "workers": 1, "zero_stage": 0,
+    expected = {
+        "run_key": spec.run_key, "status": "finished", "error": None, "rows": 13, "total_steps": 6, "truncated_rows": 13,
+        "workers": 1, "zero_stage": 0,
     }  # fmt: skip
-    assert recorded["versions"]["torch"] == torch.__version__.partition("+")[0] or recorded["versions"]["torch"] == torch.__version__
+    assert {key: recorded[key] for key in expected} == expected
+    assert recorded["versions"]["torch"] == torch.__version__
     assert recorded["started"] <= recorded["finished"]
     lines = read_training(Storage(tmp_path), spec.run_key)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert lines[2]["epoch"] == 1 and lines[0]["learning_rate"] == 0
+    assert lines[2]["epoch"] == 1
+    assert lines[0]["learning_rate"] == 0
     assert all(line["tokens"] == 28 * rows for line, rows in zip(lines, [5, 5, 3, 5, 5, 3], strict=True))
     assert set(lines[0]) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "seconds", "time"}
     checkpoint = Storage(tmp_path).run(spec.run_key).checkpoint(6)
     config = json.loads((checkpoint / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "tiny-llama" and config["inference_mode"]
+    assert config["base_model_name_or_path"] == "tiny-llama"
+    assert config["inference_mode"]
 
 
 def test_runs_that_cannot_share_a_base_are_refused(data_file: Path, tmp_path: Path) -> None:

@@ -84,7 +84,8 @@ def test_two_workers_train_as_one(case: str, work: Path, tmp_path: Path, monkeyp
     chosen = {"gradient_checkpointing": True} if case == "checkpointing" else {}
     together = _spec(work / "rows.jsonl", family, precision, stage, **chosen)
     recorded = read_run(Storage(work / case), together.run_key)
-    assert recorded is not None and (recorded["status"], recorded["workers"], recorded["zero_stage"]) == ("finished", 2, stage)
+    assert recorded is not None
+    assert (recorded["status"], recorded["workers"], recorded["zero_stage"]) == ("finished", 2, stage)
     for value in ("loss", "grad_norm", "tokens"):
         assert _curve(Storage(work / case), together, value) == pytest.approx(_curve(Storage(tmp_path), alone, value), rel=1e-5)
     weights = load_file(Storage(work / case).run(together.run_key).checkpoint(6) / ADAPTER_WEIGHTS)
@@ -98,7 +99,9 @@ def test_after_a_run_that_diverged_the_workers_go_on(work: Path) -> None:
     good = _spec(work / "rows.jsonl", "llama", "fp32", 3)
     wild = _spec(work / "rows.jsonl", "llama", "fp32", 3, learning_rate=1e30, max_grad_norm=None)
     recorded = read_run(Storage(work / "queue"), wild.run_key)
-    assert recorded is not None and recorded["status"] == "failed" and "step 2" in recorded["error"]
+    assert recorded is not None
+    assert recorded["status"] == "failed"
+    assert "step 2" in recorded["error"]
     alone = Storage(work / _name("llama", "fp32", 3)).run(good.run_key).checkpoint(6) / ADAPTER_WEIGHTS
     queued = Storage(work / "queue").run(good.run_key).checkpoint(6) / ADAPTER_WEIGHTS
     assert alone.read_bytes() == queued.read_bytes()

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from jmedlora.config.faults import BadInput
 from jmedlora.config.parts import Family
 from jmedlora.evaluation.generation import Generation, decode_greedily, encode_prompts, generate_responses, max_prompt_tokens
+from jmedlora.evaluation.metrics import first_line_is_complete
 from jmedlora.models.random_models import build_model, byte_tokenizer
 from tests.tiny import tiny_model
 
@@ -18,7 +19,8 @@ NEW_TOKENS = 12
 END = 258
 FAMILIES: tuple[Family, ...] = ("llama", "gpt_neox")
 SHARED = "次の問題に答えよ。\n"
-PROMPTS = [SHARED + text for text in ("脚気", "夜盲症はどれか。", "a", "ビタミンB1の欠乏症はどれか。\n壊血病,痛風\n", "痛風の原因は", "b", "脚気")]
+QUESTIONS = ("脚気", "夜盲症はどれか。", "a", "ビタミンB1の欠乏症はどれか。\n壊血病,痛風\n", "痛風の原因は", "b", "脚気")
+PROMPTS = [SHARED + question for question in QUESTIONS]
 
 
 @cache
@@ -29,7 +31,7 @@ def models() -> dict[Family, PreTrainedModel]:
         shape = tiny_model(family).architecture
         assert shape is not None
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
+            torch.manual_seed(39)
             model = build_model(family, shape.model_copy(update={"tied_embeddings": False}))
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
@@ -64,6 +66,15 @@ def plain_greedy(model: PreTrainedModel, token_ids: list[int], count: int) -> tu
         ids.append(int(best.indices[0]))
         lead = min(lead, float(best.values[0] - best.values[1]))
     return ids[len(token_ids) :], lead
+
+
+def until_finished(tokenizer: PreTrainedTokenizerBase, answer: list[int]) -> str:
+    """The text of the shortest part of an answer at which it counts as finished, or of all of it."""
+    for length in range(1, len(answer) + 1):
+        text = tokenizer.decode(answer[:length], skip_special_tokens=True)
+        if answer[length - 1] == END or first_line_is_complete(text):
+            return text
+    return tokenizer.decode(answer, skip_special_tokens=True)
 
 
 class Scripted(torch.nn.Module):
@@ -109,12 +120,8 @@ def test_answers_do_not_depend_on_the_batch(model: PreTrainedModel, tokenizer: P
     for prompt, ids, text in zip(PROMPTS, encoded.token_ids, batched.texts, strict=True):
         expected, lead = plain_greedy(model, ids, NEW_TOKENS)
         assert lead > 1e-3, "near ties: the comparison would test rounding"
-        whole = tokenizer.decode(expected, skip_special_tokens=True)
-        assert text
-        assert whole.startswith(text)
+        assert text == until_finished(tokenizer, expected)
         assert answers(model, tokenizer, [prompt], 1).texts == [text]
-        if END not in expected and "\n" not in whole:
-            assert text == whole
 
 
 def test_answers_are_those_of_transformers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -122,8 +129,7 @@ def test_answers_are_those_of_transformers(model: PreTrainedModel, tokenizer: Pr
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True, return_token_type_ids=False)
     made = model.generate(**batch, generation_config=GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=256))
     for ids, text in zip(made[:, batch.input_ids.shape[1] :].tolist(), answers(model, tokenizer, PROMPTS, 4).texts, strict=True):
-        assert tokenizer.decode(ids, skip_special_tokens=True).startswith(text)
-        assert text
+        assert text == until_finished(tokenizer, ids)
 
 
 def test_sampling_and_penalties_of_the_model_play_no_part(

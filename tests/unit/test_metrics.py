@@ -120,7 +120,8 @@ def test_each_accepted_answer_counts() -> None:
 
 def test_a_comma_inside_a_choice_is_part_of_it() -> None:
     score = score_response("1,000mL", question(["500mL", "1,000mL", "000mL"], 1))
-    assert score.correct and score.exact_match
+    assert score.correct
+    assert score.exact_match
 
 
 def test_only_the_first_line_is_scored_unless_told_otherwise() -> None:
@@ -149,7 +150,8 @@ def test_the_harness_removes_full_stops_from_response_and_answer_but_not_from_ch
 def test_a_complete_first_line_no_longer_changes(text: str, more: str) -> None:
     assert first_line(text) in text
     if first_line_is_complete(text):
-        assert first_line(text) and first_line(text + more) == first_line(text)
+        assert first_line(text)
+        assert first_line(text + more) == first_line(text)
 
 
 def test_first_line_is_complete_only_after_text_and_a_break() -> None:

@@ -141,6 +141,7 @@ def test_the_table_of_predictions_is_that_of_the_last_step(storage: Storage) -> 
     assert [table["path"] for table in tables] == ["predictions/sample.0shot.alpaca-ja.json", "predictions/sample.1shot.alpaca-ja.json"]
     client = MlflowClient(tracking_uri=tracking_uri(storage))
     table = json.loads(Path(client.download_artifacts(child.info.run_id, tables[0]["path"])).read_text(encoding="utf-8"))
+    assert table["columns"][:2] == ["problem_id", "response"]  # what MLflow's page groups by and lays side by side
     told = [dict(zip(table["columns"], row)) for row in table["data"]]
     assert len(told) == 40
     assert {row["step"] for row in told} == {14}
@@ -277,7 +278,7 @@ def test_where_mlflow_is(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> N
     tracker_of(small_plan(), storage)
     experiment = MlflowClient(tracking_uri=tracking_uri(storage)).get_experiment_by_name("demo").experiment_id
     command = ui_command(storage, "demo")
-    assert command.startswith(f"mlflow ui --backend-store-uri sqlite:///{storage.root}/mlflow.db ")
-    assert f"experiment demo: http://127.0.0.1:5000/#/experiments/{experiment}/runs?" in command
+    assert f" mlflow ui --backend-store-uri sqlite:///{storage.root}/mlflow.db " in command
+    assert f"demo: http://127.0.0.1:5000/#/experiments/{experiment}/runs?" in command
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
     assert tracking_uri(storage) == "http://mlflow.example:5000"

@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from jmedlora.config.faults import BadInput
+from jmedlora.config.parts import BenchmarkConfig, Family, ModelConfig, Precision, PromptConfig
+from jmedlora.data.benchmarks import load_benchmark
+from jmedlora.data.prompts import render_prompt
+from jmedlora.evaluation.evaluator import AdapterDoesNotFit, AdapterHasNoEffect, Evaluator
+from jmedlora.evaluation.metrics import HARNESS, first_line_is_complete, score_response
+from jmedlora.models.adapters import AdapterDamaged, adapter_digest, save_adapter
+from jmedlora.models.load import load_base, load_tokenizer
+from jmedlora.models.source import materialise
+from jmedlora.plan.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKSUMS, METRICS, PREDICTIONS, Storage
+from jmedlora.plan.specs import EvaluationSpec
+from tests.tiny import tiny_model
+
+PROMPT = PromptConfig(
+    name="plain",
+    template="{% for example in examples %}{{ example.instruction }}{{ example.output }}\n{% endfor %}"
+    "{{ instruction }}\n{{ input }}\n答え：",
+)
+BENCHMARK = BenchmarkConfig.model_validate(
+    {"name": "sample", "bundled": "sample/questions.jsonl", "fewshot_bundled": "sample/fewshot.jsonl", "filters": {"first": 6}}
+)
+RUN = "a" * 12
+BASE = "b" * 12
+ATTENTION: dict[Family, list[str]] = {"llama": ["q_proj", "k_proj", "v_proj"], "gpt_neox": ["query_key_value"]}
+ALL_LINEAR: dict[Family, list[str]] = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+}
+
+
+def evaluation(shots: int = 0, **other: Any) -> EvaluationSpec:
+    fields = {"evaluation_key": f"key-{shots}-{len(other)}", "benchmark": BENCHMARK, "benchmark_digest": "", "questions": 6}
+    fields |= {"prompt_characters": 60.0, "shots": shots, "prompt": PROMPT, "max_new_tokens": 8, "batch_size": 4}
+    return EvaluationSpec.model_validate(fields | other)
+
+
+@dataclass
+class Case:
+    """A resident base model and storage to write into."""
+
+    family: Family
+    precision: Precision
+    model: ModelConfig
+    evaluator: Evaluator
+    storage: Storage
+    sources: Path
+
+    def load_again(self) -> PreTrainedModel:
+        return load_base(materialise(self.model, self.sources, True), self.precision, "fp32", True, "cpu")
+
+    def write_adapter(self, step: int, scale: float, targets: list[str] | None = None, rank: int = 4) -> Path:
+        """A checkpoint of the run whose B weights are random, `scale` times as large as a linear layer's start."""
+        folder = self.storage.run(RUN).checkpoint(step)
+        config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=8, target_modules=targets or ATTENTION[self.family])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(step)
+            adapted = get_peft_model(self.load_again(), config)
+            for name, weight in adapted.named_parameters():
+                if ".lora_B." in name:
+                    weight.data.normal_(0, scale / math.sqrt(weight.shape[1]))
+        save_adapter(folder, {key: weight.detach() for key, weight in get_peft_model_state_dict(adapted).items()}, config, self.model.name)
+        return folder
+
+    def metrics(self, step: int, spec: EvaluationSpec, run_key: str = RUN) -> dict[str, Any]:
+        return json.loads((self.storage.run(run_key).evaluation(spec.folder, step) / METRICS).read_text(encoding="utf-8"))
+
+    def predictions(self, step: int, spec: EvaluationSpec, run_key: str = RUN) -> list[dict[str, Any]]:
+        file = self.storage.run(run_key).evaluation(spec.folder, step) / PREDICTIONS
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    def texts(self, step: int, spec: EvaluationSpec, run_key: str = RUN) -> list[str]:
+        return [row["prediction"] for row in self.predictions(step, spec, run_key)]
+
+
+CASES: list[tuple[Family, Precision]] = [("llama", "fp32"), ("gpt_neox", "fp32"), ("llama", "nf4"), ("gpt_neox", "nf4")]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: "-".join(case))
+def case(request: pytest.FixtureRequest, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    family, precision = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JMEDLORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        model = tiny_model(family)
+        evaluator = Evaluator(model, precision, "fp32", True, tmp_path, True, "cpu")
+        yield Case(family, precision, model, evaluator, Storage(tmp_path / "results"), tmp_path)
+
+
+def one_family(*families: tuple[Family, Precision]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", families, indirect=True, ids=lambda case: "-".join(case))
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=torch.arange(2, 42)[None]).logits
+
+
+def greedy_texts(case: Case, model: nn.Module, spec: EvaluationSpec) -> list[str]:
+    """Whole forward passes for each prompt alone, cut where generation stops."""
+    tokenizer = load_tokenizer(materialise(case.model, case.sources, True))
+    benchmark = load_benchmark(spec.benchmark, case.sources)
+    texts = []
+    for question in benchmark.questions:
+        examples = [example.as_instruction() for example in benchmark.examples[: spec.shots]]
+        prompt = render_prompt(spec.prompt, question.as_instruction(), examples)
+        ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False).input_ids]
+        ids, start = ids[-256 + spec.max_new_tokens :], min(len(ids), 256 - spec.max_new_tokens)
+        for _ in range(spec.max_new_tokens):
+            with torch.inference_mode():
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos_token_id or first_line_is_complete(tokenizer.decode(ids[start:])):
+                break
+        texts.append(tokenizer.decode(ids[start:], skip_special_tokens=True))
+    return texts
+
+
+def test_scores_of_an_adapter_are_those_of_the_adapter(case: Case) -> None:
+    folder, spec = case.write_adapter(100, 6.0), evaluation(max_new_tokens=4)
+    metrics = case.evaluator.evaluate(RUN, 100, spec, case.storage)
+    expected = greedy_texts(case, PeftModel.from_pretrained(case.load_again(), folder).eval(), spec)
+    assert case.texts(100, spec) == expected
+    bare = greedy_texts(case, case.load_again(), spec)
+    assert case.texts(100, spec) != bare
+    case.evaluator.evaluate(BASE, 0, spec, case.storage)
+    assert case.texts(0, spec, BASE) == bare
+    assert metrics["adapter_digest"] == adapter_digest(folder)
+    assert case.metrics(0, spec, BASE)["adapter_digest"] is None
+
+
+def test_the_base_is_the_same_before_between_and_after_adapters(case: Case) -> None:
+    base = case.evaluator._base
+    modules = dict(base.named_modules())
+    weights = {name: weight.detach().clone() for name, weight in base.named_parameters()}
+    fresh = logits(case.load_again())
+    assert torch.equal(logits(base), fresh)
+    spec = evaluation()
+    case.evaluator.evaluate(BASE, 0, spec, case.storage)
+    first = case.texts(0, spec, BASE)
+    case.write_adapter(100, 6.0)
+    case.write_adapter(200, 6.0, ALL_LINEAR[case.family], rank=2)
+    adapted = []
+    for step in (100, 200, 100):
+        case.evaluator.evaluate(RUN, step, spec, case.storage)
+        adapted.append((logits(base), case.texts(step, spec)))
+        assert not torch.equal(adapted[-1][0], fresh)
+        case.evaluator.evaluate(BASE, 0, spec, case.storage)
+        assert case.texts(0, spec, BASE) == first
+        assert torch.equal(logits(base), fresh)
+    assert torch.equal(adapted[0][0], adapted[2][0])
+    assert adapted[0][1] == adapted[2][1]
+    assert not torch.equal(adapted[0][0], adapted[1][0])
+    after = dict(base.named_modules())
+    assert after.keys() == modules.keys()
+    assert all(after[name] is modules[name] for name in modules), "nothing of PEFT is left in the base"
+    assert all(torch.equal(weight.view(torch.uint8), weights[name].view(torch.uint8)) for name, weight in base.named_parameters())
+
+
+def test_one_adapter_follows_another_without_the_base_between(case: Case) -> None:
+    spec = evaluation()
+    one, two = case.write_adapter(100, 6.0), case.write_adapter(200, 6.0, rank=2)
+    case.evaluator.evaluate(RUN, 100, spec, case.storage)
+    case.evaluator.evaluate(RUN, 200, spec, case.storage)
+    assert torch.equal(logits(case.evaluator._base), logits(PeftModel.from_pretrained(case.load_again(), two).eval()))
+    case.evaluator.evaluate(RUN, 100, spec, case.storage)
+    assert torch.equal(logits(case.evaluator._base), logits(PeftModel.from_pretrained(case.load_again(), one).eval()))
+
+
+@one_family(("llama", "fp32"), ("gpt_neox", "nf4"))
+def test_evaluations_of_one_checkpoint_load_it_once(case: Case) -> None:
+    case.write_adapter(100, 6.0)
+    case.evaluator.evaluate(RUN, 100, evaluation(), case.storage)
+    adapted = case.evaluator._adapted
+    case.evaluator.evaluate(RUN, 100, evaluation(1), case.storage)
+    assert adapted is not None
+    assert case.evaluator._adapted is adapted
+    assert case.texts(100, evaluation()) != case.texts(100, evaluation(1))
+
+
+@one_family(("llama", "fp32"), ("gpt_neox", "fp32"), ("llama", "nf4"))
+def test_an_adapter_without_effect_is_refused(case: Case) -> None:
+    case.write_adapter(100, 0.0)
+    spec, fresh = evaluation(), logits(case.evaluator._base)
+    with pytest.raises(AdapterHasNoEffect, match="step-000100"):
+        case.evaluator.evaluate(RUN, 100, spec, case.storage)
+    assert not case.storage.run(RUN).is_evaluated(spec.folder, 100)
+    assert torch.equal(logits(case.evaluator._base), fresh)
+    case.write_adapter(200, 6.0)
+    assert case.evaluator.evaluate(RUN, 200, spec, case.storage)["n"] == 6
+
+
+@one_family(("llama", "fp32"))
+@pytest.mark.parametrize("name", [ADAPTER_WEIGHTS, ADAPTER_CONFIG])
+def test_a_flipped_byte_is_refused(case: Case, name: str) -> None:
+    file = case.write_adapter(100, 6.0) / name
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(AdapterDamaged, match=name):
+        case.evaluator.evaluate(RUN, 100, evaluation(), case.storage)
+    assert not case.storage.run(RUN).evaluation(evaluation().folder, 100).exists()
+
+
+@one_family(("llama", "fp32"))
+def test_a_checkpoint_damaged_after_it_was_loaded_is_refused(case: Case) -> None:
+    folder = case.write_adapter(100, 6.0)
+    case.evaluator.evaluate(RUN, 100, evaluation(), case.storage)
+    (folder / CHECKSUMS).unlink()
+    with pytest.raises(AdapterDamaged, match="missing"):
+        case.evaluator.evaluate(RUN, 100, evaluation(1), case.storage)
+
+
+@one_family(("llama", "fp32"), ("gpt_neox", "nf4"))
+def test_an_adapter_for_other_layers_or_shapes_is_refused_and_leaves_the_base_clean(case: Case) -> None:
+    fresh = logits(case.evaluator._base)
+    folder = case.write_adapter(100, 6.0)
+    weights = load_file(folder / ADAPTER_WEIGHTS)
+    dropped = sorted(weights)[0]
+    wider = {key: torch.cat([weight, weight], dim=1) if key == dropped else weight for key, weight in weights.items()}
+    renamed = {key.replace(".layers.1.", ".layers.7."): weight for key, weight in weights.items()}
+    config = LoraConfig.from_pretrained(folder)
+    for step, changed in ((200, {k: v for k, v in weights.items() if k != dropped}), (300, renamed), (400, wider)):
+        save_adapter(case.storage.run(RUN).checkpoint(step), changed, config, case.model.name)
+        with pytest.raises((AdapterDoesNotFit, RuntimeError)) as caught:
+            case.evaluator.evaluate(RUN, step, evaluation(), case.storage)
+        assert isinstance(caught.value, AdapterDoesNotFit) or "size mismatch" in str(caught.value)
+        assert torch.equal(logits(case.evaluator._base), fresh)
+    assert case.evaluator.evaluate(RUN, 100, evaluation(), case.storage)["n"] == 6
+
+
+@one_family(("llama", "fp32"))
+def test_what_is_written(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jmedlora.evaluation.evaluator.now", lambda: 1_700_000_000.5)
+    folder, spec, progress = case.write_adapter(100, 6.0), evaluation(2, max_new_tokens=20), []
+    metrics = case.evaluator.evaluate(RUN, 100, spec, case.storage, lambda done, total: progress.append((done, total)))
+    assert progress == [(4, 6), (6, 6)]
+    assert case.metrics(100, spec) == metrics
+    assert sorted(path.name for path in case.storage.run(RUN).evaluation(spec.folder, 100).iterdir()) == [METRICS, PREDICTIONS]
+    rows = case.predictions(100, spec)
+    questions = load_benchmark(BENCHMARK, case.sources).questions
+    for row, question in zip(rows, questions, strict=True):
+        score = score_response(row["prediction"], question)
+        assert row == {
+            "problem_id": question.problem_id,
+            "prediction": row["prediction"],
+            "response": score.response,
+            "answer": question.answer,
+            "choices": list(question.choices),
+            "chosen": ["abcde"[i] for i in score.chosen],
+            "gold": ["abcde"[i] for i in question.gold],
+            "correct": score.correct,
+            "exact_match": score.exact_match,
+            "gestalt_score": score.gestalt_score,
+        }
+    tokenizer = load_tokenizer(materialise(case.model, case.sources, True))
+    examples = [example.as_instruction() for example in load_benchmark(BENCHMARK, case.sources).examples[:2]]
+    lengths = [len(tokenizer(render_prompt(PROMPT, question.as_instruction(), examples)).input_ids) for question in questions]
+    assert metrics == {
+        "run_key": RUN,
+        "step": 100,
+        "evaluation_key": spec.evaluation_key,
+        "benchmark": "sample",
+        "shots": 2,
+        "prompt": "plain",
+        "n": 6,
+        "accuracy": sum(row["correct"] for row in rows) / 6,
+        "exact_match": sum(row["exact_match"] for row in rows) / 6,
+        "gestalt_score": math.fsum(row["gestalt_score"] for row in rows) / 6,
+        "metric_settings": {"autojunk": False, "both_orders": False, "first_line": True, "nfkc": False, "remove_full_stops": False},
+        "scoring": "generate",
+        "adapter_digest": adapter_digest(folder),
+        "prompt_tokens": sum(min(length, 236) for length in lengths),
+        "new_tokens": metrics["new_tokens"],
+        "truncated_prompts": sum(length > 236 for length in lengths),
+        "seconds": metrics["seconds"],
+        "time": 1_700_000_000.5,
+        "device": "cpu",
+    }
+    assert 0 < metrics["truncated_prompts"] < 6, "the benchmark no longer reaches the model's limit"
+    assert 0 < metrics["new_tokens"] <= 6 * 20
+    assert metrics["seconds"] > 0
+
+
+@one_family(("llama", "fp32"))
+def test_metric_settings_change_scores_and_not_predictions(case: Case) -> None:
+    spec = evaluation()
+    case.evaluator.evaluate(BASE, 0, spec, case.storage)
+    plain = case.texts(0, spec, BASE)
+    metrics = case.evaluator.evaluate(BASE, 0, spec, case.storage, metric_settings=HARNESS)
+    assert metrics["metric_settings"]["both_orders"] is True
+    assert case.texts(0, spec, BASE) == plain
+
+
+@one_family(("llama", "fp32"))
+def test_too_few_examples_are_bad_input(case: Case) -> None:
+    with pytest.raises(BadInput, match="4 asks for more examples than the 3 there are; allowed: 0 to 3"):
+        case.evaluator.evaluate(BASE, 0, evaluation(4), case.storage)
+    assert not case.storage.root.exists()
+
+
+@one_family(("llama", "fp32"), ("gpt_neox", "nf4"))
+def test_results_do_not_depend_on_batch_size_or_global_random_state(case: Case) -> None:
+    case.write_adapter(100, 6.0)
+    spec = evaluation()
+    case.evaluator.evaluate(RUN, 100, spec, case.storage)
+    first = case.predictions(100, spec)
+    state = torch.random.get_rng_state()
+    other = spec.model_copy(update={"batch_size": 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Evaluator(case.model, case.precision, "fp32", True, case.sources, True, "cpu").evaluate(RUN, 100, other, case.storage)
+    assert case.predictions(100, spec) == first
+    assert torch.equal(torch.random.get_rng_state(), state)

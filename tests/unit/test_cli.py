@@ -1,0 +1,90 @@
+"""The command line as a user meets it, each command in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "ray", "transformers", "mlflow", "deepspeed")
+
+
+def jmedlora(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    root = str(Path(__file__).parents[2])
+    return subprocess.run(
+        [sys.executable, "-m", "jmedlora.cli", *arguments], cwd=cwd, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_plan_imports_no_heavy_library(tmp_path: Path) -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from jmedlora.cli import app\n"
+        "result = CliRunner().invoke(app, ['plan', 'jmedlora', '--json']); assert result.exit_code == 0, result.output\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_the_plan_as_json(tmp_path: Path) -> None:
+    done = jmedlora("plan", "quickstart", "grid.rank=[8,64]", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert [run["rank"] for run in plan["runs"]] == [8, 8, 64, 64, 16]
+    assert all(len(run["run_key"]) == 12 and run["model_parameters"] == 134_515_008 for run in plan["runs"])
+    assert {"trials", "totals"} <= plan.keys()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_as_a_table(tmp_path: Path) -> None:
+    done = jmedlora("plan", "jmedlora", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "llama2-70b-chat qlora r128 10ep" in done.stdout
+    assert "not here yet: model medcalm" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["plan", "sweep", "submit", "status"])
+def test_bad_input_ends_with_2_one_line_per_fault_and_nothing_written(tmp_path: Path, command: str) -> None:
+    done = jmedlora(command, "quickstart", "grid.rank=[0]", "training.colour=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("jmedlora: command line: ") for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_refuses_to_start_without_its_sources(tmp_path: Path) -> None:
+    done = jmedlora("sweep", "jmedlora", "offline=true", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "model medcalm: not here yet" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_needs_a_sweep_that_was_started(tmp_path: Path) -> None:
+    done = jmedlora("report", "quickstart", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "quickstart has not been run" in done.stderr
+
+
+def test_where_a_sweep_stands_before_it_started(tmp_path: Path) -> None:
+    done = jmedlora("status", "smoke", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    state = json.loads(done.stdout)
+    assert (len(state["runs"]["waiting"]), state["evaluations_done"], state["evaluations"]) == (2, 0, 8)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_tells_versions_and_methods(tmp_path: Path) -> None:
+    done = jmedlora("doctor", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    findings = json.loads(done.stdout)
+    assert findings["machine"]["cores"] >= 1
+    assert findings["versions"]["torch"]
+    assert findings["methods"]["qlora"]["ok"] is True

@@ -1,0 +1,208 @@
+"""Reading sweeps: composition, overrides, presets, and what is told about bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jmedlora.config.compose import load_sweep
+from jmedlora.config.composition import sweep_names
+from jmedlora.config.faults import BadInput
+from jmedlora.config.locate import conf_dir
+
+SWEEP = {
+    "grid": {"model": ["tiny-llama"], "method": ["lora"], "rank": [2, 4], "epochs": [1]},
+    "training": {"batch_size": 4},
+}
+
+
+def write_sweep(folder: Path, content: dict, name: str = "mine") -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content, allow_unicode=True))
+    return str(path)
+
+
+def faults_of(sweep: str, *overrides: str) -> list[str]:
+    with pytest.raises(BadInput) as caught:
+        load_sweep(sweep, list(overrides))
+    lines = [str(fault) for fault in caught.value.faults]
+    assert all("\n" not in line for line in lines)
+    return lines
+
+
+@pytest.mark.parametrize("name", sweep_names())
+def test_every_shipped_sweep_is_read(name: str) -> None:
+    assert load_sweep(name).name == name
+
+
+PRESETS = sorted(path for path in conf_dir().glob("*/*.yaml") if path.parent.name != "sweep")
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_shipped_preset_is_valid(path: Path, tmp_path: Path) -> None:
+    group, name = path.parent.name, path.stem
+    content = dict(SWEEP)
+    if group in ("model", "method"):
+        content["grid"] = {**SWEEP["grid"], group: [name]}
+    elif group in ("benchmark", "prompt"):
+        content[f"{group}s"] = [name]
+    elif group == "resources":
+        content["resources"] = name
+    else:
+        content[group] = name
+    load_sweep(write_sweep(tmp_path, content))
+
+
+def test_overrides_replace_values_and_set_what_the_file_leaves_out() -> None:
+    config = load_sweep("quickstart", ["grid.rank=[8,64]", "training.learning_rate=1e-4", "training.weight_decay=0.1", "offline=true"])
+    assert config.grids[0]["rank"] == [8, 64]
+    assert config.training["learning_rate"] == 1e-4
+    assert config.training["weight_decay"] == 0.1
+    assert config.offline
+
+
+def test_an_override_inside_a_preset_keeps_the_rest_of_the_preset() -> None:
+    config = load_sweep("jmedlora", ["resources.gpu_memory_gb=141", "resources.evaluation.actors=2"])
+    assert config.resources.gpu_memory_gb == 141
+    assert config.resources.evaluation.actors == 2
+    assert config.resources.max_gpus == load_sweep("jmedlora").resources.max_gpus
+
+
+def test_numbers_in_scientific_notation_are_floats(tmp_path: Path) -> None:
+    path = tmp_path / "sci.yaml"
+    path.write_text("grid: {model: [tiny-llama], method: [lora], learning_rate: [5e-4, 1e-3], epochs: [1]}\n")
+    assert load_sweep(str(path)).grids[0]["learning_rate"] == [5e-4, 1e-3]
+
+
+def test_a_users_file_finds_presets_beside_it_before_the_shipped_ones(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tiny-llama.yaml").write_text("preset: tiny-gpt-neox\nlicence: own\n")
+    (tmp_path / "resources").mkdir()
+    (tmp_path / "resources" / "box.yaml").write_text("preset: local\ncpus_per_worker: 2\n")
+    config = load_sweep(write_sweep(tmp_path, {**SWEEP, "resources": "box"}))
+    assert config.models["tiny-llama"].family == "gpt_neox"
+    assert config.models["tiny-llama"].licence == "own"
+    assert config.resources.cpus_per_worker == 2
+
+
+def test_a_sweep_may_extend_a_shipped_one(tmp_path: Path) -> None:
+    path = tmp_path / "wider.yaml"
+    path.write_text("defaults: [quickstart, _self_]\ngrid: {rank: [32]}\n")
+    config = load_sweep(str(path))
+    assert config.grids[0]["rank"] == [32]
+    assert config.grids[0]["model"] == ["smollm2-135m"]
+    assert config.name == "wider"
+
+
+def test_relative_paths_are_taken_from_the_file_and_on_the_command_line_from_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    (tmp_path / "rows.jsonl").write_text("")
+    (tmp_path / "study" / "rows.jsonl").write_text("")
+    sweep = write_sweep(tmp_path / "study", {**SWEEP, "data": {"name": "rows", "path": "rows.jsonl"}, "storage": "out"})
+    config = load_sweep(sweep, cwd=tmp_path)
+    assert config.data["rows"].path == str(tmp_path / "study" / "rows.jsonl")
+    assert config.storage == str(tmp_path / "study" / "out")
+    config = load_sweep(sweep, ["data={name: rows, path: rows.jsonl}", "storage=out"], cwd=tmp_path)
+    assert config.data["rows"].path == str(tmp_path / "rows.jsonl")
+    assert config.storage == str(tmp_path / "out")
+
+
+def test_a_path_of_ones_own_replaces_the_place_that_a_preset_names(tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("")
+    config = load_sweep("quickstart", [f"benchmarks=[{{preset: igakuqa, path: {questions}, filters: {{first: 3}}}}]"])
+    benchmark = config.benchmarks[0]
+    assert (benchmark.path, benchmark.source, benchmark.filters.first, benchmark.filters.choices) == (str(questions), None, 3, 5)
+
+
+def test_several_faults_are_told_at_once_each_naming_place_value_and_what_is_allowed() -> None:
+    lines = faults_of(
+        "quickstart",
+        "grid.rank=[0,4]",
+        "grid.model=[smollm2]",
+        "training.learning_rat=1e-3",
+        "data={name: rows, path: /does/not/exist.jsonl}",
+        "resources.gpus_per_worker=2",
+        "evaluate.every=0",
+        "colour=red",
+    )
+    text = "\n".join(lines)
+    assert len(lines) == 7
+    assert "grid.rank[0]: 0 is not allowed; allowed: at least 1" in text
+    assert "grid.model[0]: unknown model 'smollm2'; allowed: did you mean 'smollm2-135m'?" in text
+    assert "training.learning_rat: unknown run setting; allowed: did you mean 'learning_rate'?" in text
+    assert "data.path: /does/not/exist.jsonl does not exist" in text
+    assert "a trial needs 2 GPUs (1 workers x 2), the cluster has at most max_gpus=0" in text
+    assert "evaluate.every: 0 is not allowed; allowed: 'epoch' or 'end' or at least 1" in text
+    assert "colour: unknown key; allowed: one of benchmarks" in text
+    assert all(line.startswith("command line: ") for line in lines)
+
+
+def test_faults_of_the_file_name_the_file(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {**SWEEP, "trainin": {}})
+    assert faults_of(sweep) == [
+        f"{sweep}: trainin: unknown key; allowed: did you mean 'training'? one of benchmarks, data, deepspeed, evaluate, extra, grid, "
+        "note, offline, prompts, resources, shots, sources, storage, training"
+    ]
+
+
+@pytest.mark.parametrize("where", ["training", "grid"])
+def test_epochs_and_max_steps_exclude_each_other(where: str) -> None:
+    value = "max_steps=[5]" if where == "grid" else "max_steps=5"
+    assert any("epochs and max_steps given; allowed: exactly one" in line for line in faults_of("smoke", "extra=[]", f"{where}.{value}"))
+
+
+def test_neither_epochs_nor_max_steps_is_a_fault(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"grid": {"model": ["tiny-llama"], "method": ["lora"], "rank": [2]}})
+    assert faults_of(sweep) == [f"{sweep}: grid.epochs: neither epochs nor max_steps given; allowed: exactly one of epochs and max_steps"]
+
+
+def test_values_given_twice_are_a_fault() -> None:
+    assert faults_of("quickstart", "grid.rank=[4,4]", "shots=[0,0]") == [
+        "command line: grid.rank: 4 twice; allowed: each value once",
+        "command line: shots: 0 twice; allowed: each value once",
+    ]
+
+
+def test_a_name_means_one_thing(tmp_path: Path) -> None:
+    content = {**SWEEP, "extra": [{"model": {"preset": "tiny-gpt-neox", "name": "tiny-llama"}, "method": "lora", "epochs": 1}]}
+    assert "a second, different model named 'tiny-llama'" in faults_of(write_sweep(tmp_path, content))[0]
+
+
+@pytest.mark.parametrize("key", ["api_key", "hf_token", "password", "client_secret"])
+def test_secrets_are_refused(tmp_path: Path, key: str) -> None:
+    sweep = write_sweep(tmp_path, {**SWEEP, "training": {key: "hunter2"}})
+    lines = faults_of(sweep)
+    assert any(f"training.{key}: looks like a secret" in line for line in lines)
+    assert all("hunter2" not in line for line in lines)
+
+
+def test_reading_the_environment_is_refused(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {**SWEEP, "storage": "${oc.env:HOME}"})
+    assert "${oc.env:HOME} is not allowed" in faults_of(sweep)[0]
+
+
+@pytest.mark.parametrize("text", ["grid: [", "grid: {a: 1, a: 2}", "- 1\n- 2", "grid: {model: [x}", "\tgrid: 1", "defaults: [nowhere]"])
+def test_broken_yaml_is_told_in_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    assert len(faults_of(str(path))) >= 1
+
+
+@pytest.mark.parametrize("override", ["rank", "grid.rank=[1", "=3", "grid.rank=[1,]]"])
+def test_a_broken_override_is_told_as_such(override: str) -> None:
+    assert faults_of("quickstart", override)[0].startswith("command line: ")
+
+
+def test_an_unknown_sweep_names_the_known_ones() -> None:
+    assert "did you mean 'quickstart'?" in faults_of("quikstart")[0]
+    assert "does not exist" in faults_of("./nowhere.yaml")[0]
+
+
+def test_inside_a_ray_job_a_relative_storage_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert "'results' would lie in Ray's temporary copy" in faults_of("smoke")[0]
+    assert load_sweep("smoke", [f"storage={tmp_path}"]).storage == str(tmp_path)

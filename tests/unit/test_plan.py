@@ -1,0 +1,281 @@
+"""From a sweep to runs and trials: the grid, identities, estimates, and checks across settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jmedlora.config.compose import load_sweep
+from jmedlora.config.digest import canonical_json, digest_rows
+from jmedlora.config.faults import BadInput
+from jmedlora.config.parts import Architecture
+from jmedlora.plan.estimates import concurrent_trials, weight_bytes
+from jmedlora.plan.layout import Storage
+from jmedlora.plan.naming import names_of
+from jmedlora.plan.planner import checkpoint_steps, make_plan, open_sweep
+from jmedlora.plan.rendering import estimates_of, plan_as_json
+from jmedlora.plan.shapes import lora_parameters, model_parameters
+from jmedlora.plan.specs import Plan
+from jmedlora.plan.writing import read_plan, write_plan
+
+TEMPLATE = "{% for e in examples %}{{ e.instruction }}{{ e.output }}{% endfor %}{{ instruction }}{{ input }}"
+
+
+def plan_of(*overrides: str, sweep: str = "smoke") -> Plan:
+    return open_sweep(sweep, list(overrides))[1]
+
+
+def key_with(*overrides: str) -> str:
+    return plan_of("extra=[]", *overrides).runs[0].run_key
+
+
+def test_the_quickstart_is_five_runs_over_two_bases() -> None:
+    plan = plan_of(sweep="quickstart")
+    assert [(run.settings.method, run.settings.rank, run.settings.epochs) for run in plan.runs] == [
+        ("lora", 4, 1),
+        ("lora", 4, 3),
+        ("lora", 16, 1),
+        ("lora", 16, 3),
+        ("qlora", 16, 1),
+    ]
+    assert [base.precision for base in plan.bases] == ["fp32", "nf4"]
+    assert {run.base_key for run in plan.runs} == {base.run_key for base in plan.bases}
+    assert [evaluation.shots for evaluation in plan.evaluations] == [0, 1]
+
+
+def test_the_study_is_planned_without_its_weights_and_data() -> None:
+    config, plan = open_sweep("jmedlora")
+    models = {run.model.name for run in plan.runs}
+    assert models == {"open-calm-7b", "medcalm", "llama2-70b-chat"}
+    assert {(run.settings.method, run.settings.rank, run.settings.epochs) for run in plan.runs} == {
+        (method, rank, epochs) for method in ("lora", "qlora") for rank in (8, 64, 128) for epochs in (1, 3, 10)
+    }
+    assert len(plan.runs) == 27
+    assert all(run.provisional for run in plan.runs)
+    assert len(plan.missing) == 6
+    assert {run.total_steps for run in plan.runs if run.settings.epochs == 1} == {9678}
+    totals = plan_as_json(plan, config)["totals"]
+    assert totals["concurrent_trials"] == 7
+
+
+def test_names_tell_runs_apart() -> None:
+    plan = plan_of("grid.learning_rate=[1e-4,1e-3]", "grid.seed=[0,1]", "extra=[]")
+    names = names_of(plan)
+    assert len(set(names.values())) == len(names) == 5
+
+
+@pytest.mark.parametrize(("every", "expected"), [("epoch", [7, 14, 20]), ("end", [20]), (6, [6, 12, 18, 20]), (10, [10, 20]), (50, [20])])
+def test_checkpoint_steps_always_end_with_the_last_step(every: str | int, expected: list[int]) -> None:
+    assert checkpoint_steps(every, steps_per_epoch=7, total_steps=20) == expected
+
+
+# ---------------------------------------------------------------- identity
+
+
+def test_keys_are_the_same_everywhere(tmp_path: Path) -> None:
+    """Golden values: a change here makes every user's finished run count as new."""
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "問い", "input": "甲,乙", "output": "甲"}\n', encoding="utf-8")
+    plan = plan_of(f"data={{name: golden, path: {tmp_path / 'rows.jsonl'}}}", "prompts=[{name: golden, template: '" + TEMPLATE + "'}]")
+    assert [run.run_key for run in plan.runs] == ["?", "?"]
+    assert [run.trajectory_key for run in plan.runs] == ["?", "?"]
+    assert [base.run_key for base in plan.bases] == ["?", "?"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "grid.rank=[5]",
+        "training.alpha=7",
+        "training.dropout=0.3",
+        "training.targets=all-linear",
+        "training.learning_rate=1e-4",
+        "training.schedule=cosine",
+        "training.warmup_steps=2",
+        "training.batch_size=4",
+        "training.weight_decay=0.1",
+        "training.max_grad_norm=0.5",
+        "training.max_grad_norm=null",
+        "training.max_input_tokens=100",
+        "training.max_target_tokens=100",
+        "training.length_grouping=true",
+        "training.seed=1",
+        "grid.epochs=[2]",
+        "grid.method=[qlora]",
+        "grid.model=[tiny-gpt-neox]",
+        "prompts=[{name: other, template: '" + TEMPLATE + "'}]",
+    ],
+)
+def test_what_changes_an_adapter_changes_its_key(override: str) -> None:
+    assert key_with(override) != key_with()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "resources.workers_per_trial=2",
+        "deepspeed=zero2",
+        "training.micro_batch_size=2",
+        "training.gradient_checkpointing=true",
+        "training.alpha=4r",
+        "shots=[0]",
+        "evaluate.every=2",
+        "evaluate.max_new_tokens=3",
+        "benchmarks=[sample]",
+        "note=hello",
+    ],
+)
+def test_what_does_not_change_an_adapter_keeps_its_key(override: str) -> None:
+    base = ("training.alpha=16",)
+    assert key_with(*base, override) == key_with(*base)
+
+
+def test_a_duration_in_steps_and_the_same_in_epochs_are_one_run() -> None:
+    steps = plan_of("extra=[]").runs[0].total_steps
+    assert key_with("~grid.epochs", f"training.max_steps={steps}") == key_with()
+
+
+def test_trajectories_are_shared_only_where_the_schedule_has_no_horizon() -> None:
+    def trajectories(schedule: str) -> int:
+        return len({run.trajectory_key for run in plan_of("extra=[]", "grid.epochs=[1,2,3]", f"training.schedule={schedule}").runs})
+
+    assert trajectories("constant") == 1
+    assert trajectories("cosine") == trajectories("linear") == 3
+
+
+def test_where_a_file_lies_and_how_it_is_formatted_does_not_matter(tmp_path: Path) -> None:
+    rows = [{"instruction": "問い", "input": "", "output": "答え"}, {"instruction": "二", "output": "b", "extra": 1}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "b.json").write_text(json.dumps(rows, ensure_ascii=False, indent=3))
+    keys = {key_with(f"data={{name: {name}, path: {tmp_path / name}}}") for name in ("a.jsonl", "b.json")}
+    assert len(keys) == 1
+
+
+def test_evaluation_keys_depend_on_questions_shots_prompt_and_decoding() -> None:
+    def keys(*overrides: str) -> set[str]:
+        return {evaluation.evaluation_key for evaluation in plan_of("extra=[]", *overrides).evaluations}
+
+    assert len(keys()) == 2
+    assert keys("evaluate.batch_size=3") == keys()
+    for change in (
+        "evaluate.max_new_tokens=9",
+        "benchmarks=[sample]",
+        "benchmarks=[{preset: sample, filters: {first: 8, exclude: [S1A1]}}]",
+    ):
+        assert not keys(change) & keys()
+
+
+def test_canonical_json_has_one_spelling_per_value() -> None:
+    assert canonical_json({"b": 1.0, "a": [True, None, 0.5, "か"]}) == '{"a":[true,null,0.5,"か"],"b":1}'
+    assert digest_rows([{"a": 1}, {"b": 2}]) != digest_rows([{"b": 2}, {"a": 1}])
+    with pytest.raises(ValueError, match="JSON"):
+        canonical_json(float("nan"))
+
+
+# ---------------------------------------------------------------- shapes and estimates
+
+
+def test_parameter_counts_of_the_studys_models() -> None:
+    counts = {run.model.name: run.model_parameters for run in plan_of(sweep="jmedlora").runs}
+    assert counts["open-calm-7b"] == 6_871_982_080
+    assert counts["llama2-70b-chat"] == 68_976_648_192
+
+
+def test_lora_parameters_by_hand() -> None:
+    shape = Architecture(layers=3, hidden_size=8, intermediate_size=16, heads=4, kv_heads=2, vocabulary=10)
+    assert lora_parameters("llama", shape, 2, "attention") == 3 * 2 * ((8 + 8) + (8 + 4) + (8 + 4))
+    assert lora_parameters("gpt_neox", shape, 2, "attention") == 3 * 2 * (8 + 24)
+    assert lora_parameters("llama", shape, 2, ["down_proj"]) == 3 * 2 * (16 + 8)
+    assert model_parameters("llama", shape) > lora_parameters("llama", shape, 2, "all-linear")
+
+
+def test_nf4_takes_about_half_a_byte_a_weight() -> None:
+    shape = Architecture(layers=80, hidden_size=8192, intermediate_size=28672, heads=64, kv_heads=8, vocabulary=32000)
+    assert 35e9 < weight_bytes(shape, "llama", "nf4") < 38e9
+    assert weight_bytes(shape, "llama", "bf16") == 2 * 68_976_648_192
+
+
+def test_more_sharding_never_needs_more_memory() -> None:
+    def memory(stage: int) -> float:
+        config, plan = open_sweep("jmedlora", ["resources.workers_per_trial=4", f"deepspeed=zero{stage}"])
+        return estimates_of(plan, config)[0][0].memory_gb
+
+    figures = [memory(stage) for stage in range(4)]
+    assert figures == sorted(figures, reverse=True)
+
+
+def test_trials_at_once_leave_room_for_evaluation() -> None:
+    resources = load_sweep("jmedlora", ["resources.max_gpus=9", "resources.workers_per_trial=2"]).resources
+    assert concurrent_trials(resources) == 4
+    assert concurrent_trials(load_sweep("quickstart").resources) is None
+
+
+def test_the_plan_survives_storage(tmp_path: Path) -> None:
+    config, plan = open_sweep("quickstart", [f"storage={tmp_path}"])
+    storage = Storage(config.storage_path)
+    assert read_plan(storage, plan.sweep) is None
+    write_plan(config, plan, storage)
+    assert read_plan(storage, plan.sweep) == plan
+
+
+def test_settings_that_spell_the_same_adapter_are_one_run() -> None:
+    assert len(plan_of("extra=[]", "grid.alpha=[8,2r,9]").runs) == 2
+
+
+# ---------------------------------------------------------------- checks across settings
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("grid.rank=[65]", "grid.rank: 65 is greater than the layers of tiny-llama are wide; allowed: at most 64"),
+        ("training.targets=[q_prj]", "training.targets: 'q_prj' is not a linear layer of tiny-llama; allowed: q_proj, k_proj"),
+        ("training.max_input_tokens=1000", "is more than tiny-llama can hold; allowed: together at most 1024"),
+        ("shots=[4]", "shots: 4 is not possible with benchmark sample, which has 3 examples"),
+        ("prompts=[{name: p, template: '{{ instruction }}'}]", "prompt p: template: never shows {{ input }}"),
+        ("prompts=[{name: p, template: '{{ nope }}'}]", "prompt p: template: 'nope' is undefined"),
+        ("prompts=[{name: p, template: '{% if %}'}]", "prompt p: template: "),
+        ("storage=s3://bucket/x", "storage: s3://bucket/x is not a local folder"),
+    ],
+)
+def test_combinations_that_would_fail_late_are_told_early(override: str, told: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        plan_of("extra=[]", override)
+    assert told in "\n".join(str(fault) for fault in caught.value.faults)
+
+
+def test_faults_inside_data_are_told_together_with_those_of_the_configuration(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n')
+    with pytest.raises(BadInput) as caught:
+        plan_of(f"data={{name: rows, path: {rows}}}", "grid.rank=[0]")
+    told = [str(fault) for fault in caught.value.faults]
+    assert any("grid.rank[0]: 0 is not allowed" in line for line in told)
+    assert f"{rows}:2: output: missing; allowed: a text that is not empty" in told
+
+
+def test_a_config_json_stands_in_for_the_architecture(tmp_path: Path) -> None:
+    facts = {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 300,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 2048,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    model = f"grid.model=[{{name: own, family: llama, source: {{kind: path, path: {tmp_path}}}}}]"
+    shape = Architecture(layers=2, hidden_size=32, intermediate_size=64, heads=4, kv_heads=2, vocabulary=300, tied_embeddings=True)
+    assert plan_of("extra=[]", model).runs[0].model_parameters == model_parameters("llama", shape)
+    (tmp_path / "config.json").write_text(json.dumps({**facts, "model_type": "gpt_neox"}))
+    with pytest.raises(BadInput, match="'gpt_neox' is not 'llama'"):
+        plan_of("extra=[]", model)
+
+
+def test_ten_thousand_runs_are_planned() -> None:
+    plan = make_plan(load_sweep("smoke", ["extra=[]", f"grid.seed=[{','.join(map(str, range(5000)))}]", "grid.rank=[2,4]"]))
+    assert len({run.run_key for run in plan.runs}) == 10_000
