@@ -185,7 +185,8 @@ class ResourcesConfig(Part):
 
     workers_per_trial: Annotated[int, Field(ge=1)] = 1
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
-    gpus_per_worker: Annotated[int, Field(ge=0)] = 0
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
+    """A worker drives one GPU, or none."""
     max_gpus: Annotated[int, Field(ge=0)] = 0
     """GPUs of the cluster at its largest, not today's."""
     gpu_memory_gb: Annotated[float, Field(gt=0)] = 80

@@ -23,7 +23,7 @@ from jmedlora.orchestrator.evaluation_pool import EvaluationPool
 from jmedlora.orchestrator.ledger import Standing, all_jobs, driver_lock, run_status, standing
 from jmedlora.orchestrator.progress import ProgressDisplay
 from jmedlora.orchestrator.tracker_actor import TrackerActor
-from jmedlora.orchestrator.trials import SweepContext, run_trial
+from jmedlora.orchestrator.trials import SweepContext, last_line, run_trial
 from jmedlora.plan.estimates import concurrent_trials
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.naming import names_of
@@ -205,7 +205,7 @@ class _Driver:
         )
         results = tuner.fit()
         names = {trial.trial_id: ", ".join(self.names[run.run_key] for run in trial.runs) for trial in trials}
-        return [f"trial of {names[result.config['trial_id']]}: {_last_line(result.error)}" for result in results if result.error]
+        return [f"trial of {names[result.config['trial_id']]}: {last_line(result.error)}" for result in results if result.error]
 
     def _concurrency(self) -> int:
         """Trials at once: by GPUs at the cluster's maximum; without GPUs, by the cores that evaluation leaves."""
@@ -231,8 +231,3 @@ def _told(pool: EvaluationPool, names: dict[str, str]) -> list[str]:
 def _outcome(plan: Plan, storage: Storage, problems: list[str]) -> Outcome:
     state = standing(plan, storage)
     return Outcome(DONE if state.is_complete and not problems else SOME_FAILED, state, storage.sweep(plan.sweep).report, problems)
-
-
-def _last_line(error: Exception | None) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

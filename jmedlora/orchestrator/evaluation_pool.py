@@ -179,7 +179,8 @@ class EvaluationPool:
                 if self._attempts[key] >= MAX_ATTEMPTS:
                     self._fail(key, f"the evaluation actor died {MAX_ATTEMPTS} times: {death}")
             except RayTaskError as error:
-                self._fail(key, f"{type(error.cause).__name__}: {error.cause}")
+                if is_ready(job, self.storage):  # else its run has started over, and the checkpoint will come again
+                    self._fail(key, f"{type(error.cause).__name__}: {error.cause}")
             slot.result = None
 
     def _fail(self, key: tuple[str, int, str], why: str) -> None:

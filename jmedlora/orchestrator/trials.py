@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.actor import ActorHandle
 
 from jmedlora.config.clock import now
 from jmedlora.config.parts import ResourcesConfig
 from jmedlora.orchestrator.environment import worker_environment
 from jmedlora.orchestrator.evaluation_pool import EvaluationPool
-from jmedlora.orchestrator.ledger import all_jobs
+from jmedlora.orchestrator.ledger import all_jobs, run_status
 from jmedlora.plan.layout import Storage
-from jmedlora.plan.records import Record
+from jmedlora.plan.records import Record, read_run
 from jmedlora.plan.specs import Plan, TrialSpec
 
 SEND_EVERY_S = 1.0
@@ -68,9 +69,15 @@ def run_trial(config: dict[str, Any], context: SweepContext) -> None:
     per_worker: dict[str, float] = {"CPU": trial.cpus_per_worker}
     if trial.gpus_per_worker:
         per_worker["GPU"] = trial.gpus_per_worker
-    TorchTrainer(
+    trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"trial": trial, "context": context},
+        train_loop_config={
+            "trial": trial,
+            "storage": context.storage,
+            "sources": Path(context.sources),
+            "offline": context.offline,
+            "tracker": context.tracker,
+        },
         torch_config=TorchConfig(backend="nccl" if trial.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(num_workers=trial.workers, use_gpu=bool(trial.gpus_per_worker), resources_per_worker=per_worker),
         run_config=RunConfig(
@@ -80,7 +87,12 @@ def run_trial(config: dict[str, Any], context: SweepContext) -> None:
             callbacks=[TuneReportCallback()],
             worker_runtime_env={"env_vars": worker_environment(resources, trial.cpus_per_worker, context.offline)},
         ),
-    ).fit()
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        _record_failure(trial, context, error)
+        raise
     if context.takes_turns:
         pool = context.pool({run.run_key for run in trial.runs}, trial.cpus_per_worker, trial.gpus_per_worker, actors=1)
         pool.serve(more_to_come=lambda: False)
@@ -88,20 +100,38 @@ def run_trial(config: dict[str, Any], context: SweepContext) -> None:
             raise RuntimeError("; ".join(f"{key[2]} at step {key[1]}: {why}" for key, why in pool.failures.items()))
 
 
+def _record_failure(trial: TrialSpec, context: SweepContext, error: Exception) -> None:
+    """Runs that the workers could not finish or mark themselves (killed, out of memory, no base model) are marked as failed."""
+    from jmedlora.training.records import write_json
+
+    for run in trial.runs:
+        if run_status(run, context.storage) in ("waiting", "running"):
+            told = last_line(error)
+            known = read_run(context.storage, run.run_key) or {"run_key": run.run_key, "settings": run.settings.model_dump(mode="json")}
+            folder = context.storage.run(run.run_key)
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_json(folder.run_json, {**known, "status": "failed", "error": told, "finished": now()})
+            ray.get(context.tracker.run_ended.remote(run.run_key, "failed", told))
+
+
+def last_line(error: BaseException | None) -> str:
+    """What an error says in its last line: the cause, where a traceback stands before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 def train_worker(config: dict[str, Any]) -> None:
     """One worker of the group; Ray Train has set up torch.distributed."""
-    import ray.train
     import torch
+    from ray import train
 
     from jmedlora.training.loop import train_trial
 
     trial: TrialSpec = config["trial"]
-    context: SweepContext = config["context"]
     if not trial.gpus_per_worker:
         torch.set_num_threads(trial.cpus_per_worker)
-    listener = TrackerListener(context.tracker)
-    outcomes = train_trial(trial, context.storage, Path(context.sources), context.offline, listener)
-    ray.train.report({"finished": sum(outcome.status == "finished" for outcome in outcomes), "runs": len(outcomes)})
+    outcomes = train_trial(trial, config["storage"], config["sources"], config["offline"], TrackerListener(config["tracker"]))
+    train.report({"finished": sum(outcome.status == "finished" for outcome in outcomes), "runs": len(outcomes)})
 
 
 class TrackerListener:

@@ -257,6 +257,7 @@ def test_what_is_written(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         score = score_response(row["prediction"], question)
         assert row == {
             "problem_id": question.problem_id,
+            "question": question.text,
             "prediction": row["prediction"],
             "response": score.response,
             "answer": question.answer,

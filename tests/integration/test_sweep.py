@@ -84,7 +84,9 @@ def test_mlflow_holds_a_parent_and_children_that_compare(smoke: tuple[Path, subp
     assert len({frozenset(run.data.params) for run in children}) == 1
     assert {run.info.status for run in runs} == {"FINISHED"}
     for child in children:
-        assert {f"sample/{shots}shot/{name}" for shots in (0, 1) for name in ("accuracy", "exact_match", "gestalt_score")} <= child.data.metrics.keys()
+        assert {
+            f"sample/{shots}shot/{name}" for shots in (0, 1) for name in ("accuracy", "exact_match", "gestalt_score")
+        } <= child.data.metrics.keys()
     tuned = [run for run in children if run.data.params["method"] != "base"]
     assert all("train/loss" in run.data.metrics and "train/tokens_per_s" in run.data.metrics for run in tuned)
 

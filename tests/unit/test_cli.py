@@ -16,7 +16,12 @@ HEAVY = ("torch", "ray", "transformers", "mlflow", "deepspeed")
 def jmedlora(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     root = str(Path(__file__).parents[2])
     return subprocess.run(
-        [sys.executable, "-m", "jmedlora.cli", *arguments], cwd=cwd, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "jmedlora.cli", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -27,7 +32,9 @@ def test_the_plan_imports_no_heavy_library(tmp_path: Path) -> None:
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     root = str(Path(__file__).parents[2])
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 

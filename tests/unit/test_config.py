@@ -125,7 +125,8 @@ def test_several_faults_are_told_at_once_each_naming_place_value_and_what_is_all
         "grid.model=[smollm2]",
         "training.learning_rat=1e-3",
         "data={name: rows, path: /does/not/exist.jsonl}",
-        "resources.gpus_per_worker=2",
+        "resources.gpus_per_worker=1",
+        "resources.workers_per_trial=2",
         "evaluate.every=0",
         "colour=red",
     )
@@ -135,7 +136,7 @@ def test_several_faults_are_told_at_once_each_naming_place_value_and_what_is_all
     assert "grid.model[0]: unknown model 'smollm2'; allowed: did you mean 'smollm2-135m'?" in text
     assert "training.learning_rat: unknown run setting; allowed: did you mean 'learning_rate'?" in text
     assert "data.path: /does/not/exist.jsonl does not exist" in text
-    assert "a trial needs 2 GPUs (1 workers x 2), the cluster has at most max_gpus=0" in text
+    assert "a trial needs 2 GPUs (2 workers x 1), the cluster has at most max_gpus=0" in text
     assert "evaluate.every: 0 is not allowed; allowed: 'epoch' or 'end' or at least 1" in text
     assert "colour: unknown key; allowed: one of benchmarks" in text
     assert all(line.startswith("command line: ") for line in lines)

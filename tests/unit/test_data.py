@@ -47,7 +47,13 @@ def test_rows_are_read_in_order_and_trimmed(tmp_path: Path) -> None:
 
 
 def test_every_bad_row_is_named_with_its_line(tmp_path: Path) -> None:
-    rows = [{"instruction": "a", "output": "b"}, {"instruction": "a"}, {"instruction": "", "output": 3}, ["a"], {"instruction": "a", "input": 1, "output": "b"}]
+    rows = [
+        {"instruction": "a", "output": "b"},
+        {"instruction": "a"},
+        {"instruction": "", "output": 3},
+        ["a"],
+        {"instruction": "a", "input": 1, "output": "b"},
+    ]
     assert faults_of_rows(tmp_path, rows) == [
         "/rows.jsonl:2: output: missing; allowed: a text that is not empty",
         "/rows.jsonl:3: instruction: '' is not allowed; allowed: a text that is not empty",
@@ -109,7 +115,13 @@ def test_the_same_id_twice_is_a_fault(tmp_path: Path) -> None:
 
 def test_filters_keep_what_they_say(tmp_path: Path) -> None:
     rows = [
-        {**QUESTION, "problem_id": f"{exam}A{i}", "text_only": i % 2 == 0, "choices": ["甲", "乙", "丙"][: 2 + (i > 2)], "answer": ["a", "b"][: 1 + (i > 3)]}
+        {
+            **QUESTION,
+            "problem_id": f"{exam}A{i}",
+            "text_only": i % 2 == 0,
+            "choices": ["甲", "乙", "丙"][: 2 + (i > 2)],
+            "answer": ["a", "b"][: 1 + (i > 3)],
+        }
         for exam in (112, 113)
         for i in range(1, 6)
     ]
@@ -189,7 +201,9 @@ def test_the_real_exam_has_the_published_counts(shared_data: Path) -> None:
 
 
 def test_the_real_self_assessment_questions_have_the_published_counts(shared_data: Path) -> None:
-    benchmark = load_sweep("smoke", [f"benchmarks=[{{preset: jjsimqa, path: {shared_data / 'jjsimqa/jjsimqa.jsonl'}}}]", "shots=[0]"]).benchmarks[0]
+    benchmark = load_sweep(
+        "smoke", [f"benchmarks=[{{preset: jjsimqa, path: {shared_data / 'jjsimqa/jjsimqa.jsonl'}}}]", "shots=[0]"]
+    ).benchmarks[0]
     answers = [len(question.gold) for question in load_benchmark(benchmark, Path()).questions]
     assert len(answers) == 391
     # 107_888-26 asks for two and gives ["d", ",", "e"], which raw counts take for three answers

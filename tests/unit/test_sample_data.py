@@ -1,5 +1,6 @@
 """Checks of the bundled sample data: format, spread, and no leak between files."""
 
+import itertools
 import json
 import re
 import unicodedata
@@ -66,7 +67,7 @@ def _question_texts(question):
 
 def _longest_streak(values):
     longest = run = 1
-    for left, right in zip(values, values[1:]):
+    for left, right in itertools.pairwise(values):
         run = run + 1 if left == right else 1
         longest = max(longest, run)
     return longest
@@ -103,9 +104,7 @@ def test_five_choice_outputs_are_among_the_choices():
         assert choices.count(row["output"]) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "prefix", "count"), [("questions.jsonl", "S1A", 40), ("fewshot.jsonl", "S0A", 3)]
-)
+@pytest.mark.parametrize(("name", "prefix", "count"), [("questions.jsonl", "S1A", 40), ("fewshot.jsonl", "S0A", 3)])
 def test_igakuqa_format(name, prefix, count):
     rows = _rows(name)
     assert [row["problem_id"] for row in rows] == [f"{prefix}{i + 1}" for i in range(count)]
@@ -143,9 +142,7 @@ def test_question_answers_are_spread():
 
 
 def test_instruction_answers_are_spread():
-    positions = [
-        row["input"].split(",").index(row["output"]) for row in _five_choice_instructions()
-    ]
+    positions = [row["input"].split(",").index(row["output"]) for row in _five_choice_instructions()]
     counts = Counter(positions)
     assert set(counts) == set(range(5))
     assert all(6 <= count <= 11 for count in counts.values())
@@ -174,11 +171,7 @@ def test_no_sentence_of_one_file_occurs_in_the_other():
                 if len(sentence) >= 10:
                     assert not any(sentence in other for other in training), sentence
 
-    asked = [
-        _normalise(text)
-        for question in _rows("questions.jsonl")
-        for text in _question_texts(question)
-    ]
+    asked = [_normalise(text) for question in _rows("questions.jsonl") for text in _question_texts(question)]
     for row in _instructions():
         for text in _training_texts(row):
             for sentence in _sentences(text):
@@ -218,11 +211,7 @@ def test_answers_cannot_be_looked_up_in_the_training_outputs():
 
 def test_fewshot_facts_occur_in_neither_of_the_others():
     other = [_normalise(text) for row in _instructions() for text in _training_texts(row)]
-    other += [
-        _normalise(text)
-        for question in _rows("questions.jsonl")
-        for text in _question_texts(question)
-    ]
+    other += [_normalise(text) for question in _rows("questions.jsonl") for text in _question_texts(question)]
     for row in _rows("fewshot.jsonl"):
         answer = _normalise(_correct(row))
         assert not any(answer in text for text in other), answer
