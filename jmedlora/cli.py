@@ -182,7 +182,8 @@ def _print_outcome(console: Console, storage: Path, name: str, errors: dict[str,
         console.print(f"[red]problem[/] {problem}", soft_wrap=True)
     console.print(f"report: {storage / 'sweeps' / name / 'report' / 'index.html'}", soft_wrap=True, highlight=False)
     change = "" if storage == Path.cwd() / "results" else f" storage={storage}"
-    console.print(f"MLflow: {sys.argv[0]} ui {name}{change}", soft_wrap=True, highlight=False)
+    command = sys.argv[0] if Path(sys.argv[0]).name == "jmedlora" else "jmedlora"
+    console.print(f"MLflow: {command} ui {name}{change}", soft_wrap=True, highlight=False)
 
 
 def _print_comparison(console: Console, storage: Path, name: str) -> None:

@@ -10,7 +10,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from jmedlora.config.parts import PromptConfig
-from jmedlora.data.folders import appearing
+from jmedlora.data.atomic import appearing
 from jmedlora.data.prompts import render_prompt
 from jmedlora.data.rows import Instruction
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
-import uuid
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +15,7 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM, load_peft_weights,
 from jmedlora.config.clock import now
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.parts import ModelConfig, Precision
+from jmedlora.data.atomic import write_json, write_json_lines
 from jmedlora.data.benchmarks import load_benchmark
 from jmedlora.data.prompts import render_prompt
 from jmedlora.data.rows import LETTERS, Question
@@ -124,8 +122,8 @@ class Evaluator:
             "device": self._device_name(),
         }
         folder = storage.run(run_key).evaluation(evaluation.folder, step)
-        _write(folder / PREDICTIONS, map(_prediction, task.questions, generation.texts, scores))
-        _write(folder / METRICS, [metrics], indent=2)
+        write_json_lines(folder / PREDICTIONS, map(_prediction, task.questions, generation.texts, scores))
+        write_json(folder / METRICS, metrics)
         return metrics
 
     def _task(self, evaluation: EvaluationSpec) -> _Task:
@@ -200,18 +198,3 @@ def _prediction(question: Question, text: str, score: ResponseScore) -> dict[str
         "exact_match": score.exact_match,
         "gestalt_score": score.gestalt_score,
     }
-
-
-def _write(file: Path, rows: Iterable[dict[str, Any]], indent: int | None = None) -> None:
-    """Write JSON rows so that the file appears complete or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with aside.open("w", encoding="utf-8", newline="\n") as stream:
-            for row in rows:
-                stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False, indent=indent) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import json
 import shutil
 from typing import Any
 
-from jmedlora.data.folders import appearing
+from jmedlora.data.atomic import appearing
 from jmedlora.plan.layout import METRICS, PREDICTIONS, Storage
 from jmedlora.plan.specs import EvaluationSpec
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jmedlora.config.digest import digest
 from jmedlora.config.parts import ModelConfig
-from jmedlora.data.folders import appearing
+from jmedlora.data.atomic import appearing
 from jmedlora.plan.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKSUMS
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jmedlora.config.digest import key_of
 from jmedlora.config.parts import GgufSource, HubSource, ModelConfig, RandomSource
-from jmedlora.data.folders import appearing
+from jmedlora.data.atomic import appearing
 from jmedlora.models.load import without_progress_bars
 from jmedlora.models.random_models import write_model, write_random_model
 

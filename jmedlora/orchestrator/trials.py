@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 
 from jmedlora.config.clock import now
 from jmedlora.config.parts import ResourcesConfig
+from jmedlora.data.atomic import write_json
 from jmedlora.orchestrator.environment import worker_environment
 from jmedlora.orchestrator.evaluation_pool import EvaluationPool
 from jmedlora.orchestrator.ledger import all_jobs, run_status
@@ -102,15 +103,11 @@ def run_trial(config: dict[str, Any], context: SweepContext) -> None:
 
 def _record_failure(trial: TrialSpec, context: SweepContext, error: Exception) -> None:
     """Runs that the workers could not finish or mark themselves (killed, out of memory, no base model) are marked as failed."""
-    from jmedlora.training.records import write_json
-
     for run in trial.runs:
         if run_status(run, context.storage) in ("waiting", "running"):
             told = last_line(error)
             known = read_run(context.storage, run.run_key) or {"run_key": run.run_key, "settings": run.settings.model_dump(mode="json")}
-            folder = context.storage.run(run.run_key)
-            folder.path.mkdir(parents=True, exist_ok=True)
-            write_json(folder.run_json, {**known, "status": "failed", "error": told, "finished": now()})
+            write_json(context.storage.run(run.run_key).run_json, {**known, "status": "failed", "error": told, "finished": now()})
             ray.get(context.tracker.run_ended.remote(run.run_key, "failed", told))
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import uuid
-from pathlib import Path
-
 import yaml
 
 from jmedlora.config.sweep import SweepConfig
+from jmedlora.data.atomic import write_text
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import Plan
 
@@ -15,18 +13,11 @@ from jmedlora.plan.specs import Plan
 def write_plan(config: SweepConfig, plan: Plan, storage: Storage) -> None:
     """Writes sweep.yaml (presets resolved, paths absolute) and plan.json into the sweep's folder."""
     folder = storage.sweep(plan.sweep)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    _replace(folder.sweep_yaml, yaml.safe_dump(config.model_dump(mode="json"), allow_unicode=True, sort_keys=False, width=140))
-    _replace(folder.plan_json, plan.model_dump_json(indent=1))
+    write_text(folder.sweep_yaml, yaml.safe_dump(config.model_dump(mode="json"), allow_unicode=True, sort_keys=False, width=140))
+    write_text(folder.plan_json, plan.model_dump_json(indent=1))
 
 
 def read_plan(storage: Storage, sweep: str) -> Plan | None:
     """The plan of the last start, or None."""
     path = storage.sweep(sweep).plan_json
     return Plan.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from jmedlora.data.atomic import write_text
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import Plan
 from jmedlora.report.collect import collect_results
@@ -29,15 +29,8 @@ def write_report(plan: Plan, storage: Storage) -> ReportFiles:
     results = collect_results(plan, storage)
     folder = storage.sweep(plan.sweep).report
     files = ReportFiles(folder, folder / "index.html", folder / "table.csv", folder / "table.md", folder / "costs.csv")
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(files.table_csv, table_csv(results))
-    _replace(files.table_md, table_md(results))
-    _replace(files.costs_csv, costs_csv(results))
-    _replace(files.page, page_html(results, storage))
+    write_text(files.table_csv, table_csv(results))
+    write_text(files.table_md, table_md(results))
+    write_text(files.costs_csv, costs_csv(results))
+    write_text(files.page, page_html(results, storage))
     return files
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from jmedlora.config import clock
+from jmedlora.data.atomic import write_json
 from jmedlora.plan.layout import RunFolder
 from jmedlora.plan.specs import RunSpec
 
@@ -87,17 +86,6 @@ class RunRecords:
 
     def _write(self) -> None:
         write_json(self._folder.run_json, self._facts)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is the old one or the new one at any moment, also after a crash."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 @lru_cache(maxsize=1)

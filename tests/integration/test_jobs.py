@@ -63,7 +63,9 @@ def test_a_submitted_sweep_streams_its_log_and_leaves_its_report(head: str, tmp_
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tiny-llama" in done.stdout
     assert (results / "sweeps/mine/report/index.html").is_file()
-    state = json.loads(run_jmedlora("status", str(tmp_path / "study/mine.yaml"), f"storage={results}", *SMALL, "--json", cwd=tmp_path).stdout)
+    state = json.loads(
+        run_jmedlora("status", str(tmp_path / "study/mine.yaml"), f"storage={results}", *SMALL, "--json", cwd=tmp_path).stdout
+    )
     assert len(state["runs"]["finished"]) == 1
 
 

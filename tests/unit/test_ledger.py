@@ -26,7 +26,9 @@ with driver_lock(SweepFolder(Path(sys.argv[1]))):
 
 def test_a_second_driver_is_told_who_holds_the_sweep_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
     folder = Storage(tmp_path).sweep("x")
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder.path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder.path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(HeldByAnother, match=f"process {holder.pid} on "), driver_lock(folder):

@@ -78,9 +78,9 @@ def test_keys_are_the_same_everywhere(tmp_path: Path) -> None:
     """Golden values: a change here makes every user's finished run count as new."""
     (tmp_path / "rows.jsonl").write_text('{"instruction": "問い", "input": "甲,乙", "output": "甲"}\n', encoding="utf-8")
     plan = plan_of(f"data={{name: golden, path: {tmp_path / 'rows.jsonl'}}}", "prompts=[{name: golden, template: '" + TEMPLATE + "'}]")
-    assert [run.run_key for run in plan.runs] == ["?", "?"]
-    assert [run.trajectory_key for run in plan.runs] == ["?", "?"]
-    assert [base.run_key for base in plan.bases] == ["?", "?"]
+    assert [run.run_key for run in plan.runs] == ["ec50c66c948b", "647b1bd173a4"]
+    assert [run.trajectory_key for run in plan.runs] == ["e212ec7331a3", "6ac2cbf542fc"]
+    assert [base.run_key for base in plan.bases] == ["01a002c06196", "f160823ff4bd"]
 
 
 @pytest.mark.parametrize(
