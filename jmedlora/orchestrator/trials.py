@@ -5,6 +5,7 @@ Ray Train and torch are imported where they are used: the driver of a sweep, whi
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from jmedlora.plan.records import Record, read_run
 from jmedlora.plan.specs import Plan, TrialSpec
 
 SEND_EVERY_S = 1.0
+WAIT_FOR_PLACE_S = 7 * 24 * 3600
+"""How long workers may wait until the cluster has room for them; Ray Train's own minute is shorter than a node takes to start."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def run_trial(config: dict[str, Any], context: SweepContext) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(WAIT_FOR_PLACE_S)
     trial = next(trial for trial in context.plan.trials if trial.trial_id == config["trial_id"])
     resources = context.resources
     per_worker: dict[str, float] = {"CPU": trial.cpus_per_worker}
