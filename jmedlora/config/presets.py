@@ -101,10 +101,11 @@ class PartReader:
 
 
 def _absolute_paths(content: dict[str, Any], base: Path) -> dict[str, Any]:
-    """The paths that the user wrote, made absolute."""
+    """The paths that the user wrote, made absolute; the file of a GGUF source is one unless it lies in a package."""
+    path_keys = (*_PATH_KEYS, "file") if content.get("kind") == "gguf" and not content.get("package") else _PATH_KEYS
     result: dict[str, Any] = {}
     for name, value in content.items():
-        if name in _PATH_KEYS and isinstance(value, str):
+        if name in path_keys and isinstance(value, str):
             result[name] = absolute(value, base)
         else:
             result[name] = _absolute_paths(value, base) if isinstance(value, dict) else value

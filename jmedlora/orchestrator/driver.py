@@ -57,6 +57,9 @@ def run_sweep(config: SweepConfig, plan: Plan, address: str | None, console: Con
     if standing(plan, storage).is_complete and storage.sweep(plan.sweep).report.is_dir():
         console.print(f"sweep {plan.sweep} is complete already: nothing to train, nothing to evaluate")
         return _outcome(plan, storage, [])
+    console.print(
+        f"sweep {plan.sweep}: {len(plan.runs)} runs over {len(plan.bases)} bases, into {storage.root}", soft_wrap=True, highlight=False
+    )
     with _ray(config, address):
         _check_cluster(config)
         with driver_lock(storage.sweep(plan.sweep)):

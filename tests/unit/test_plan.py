@@ -279,3 +279,15 @@ def test_a_config_json_stands_in_for_the_architecture(tmp_path: Path) -> None:
 def test_ten_thousand_runs_are_planned() -> None:
     plan = make_plan(load_sweep("smoke", ["extra=[]", f"grid.seed=[{','.join(map(str, range(5000)))}]", "grid.rank=[2,4]"]))
     assert len({run.run_key for run in plan.runs}) == 10_000
+
+
+def test_a_gguf_file_counts_by_its_name_and_size_not_by_where_it_lies(tmp_path: Path) -> None:
+    def key(folder: str, content: bytes) -> str:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "w.gguf").write_bytes(content)
+        source = f"{{kind: gguf, file: {tmp_path / folder / 'w.gguf'}}}"
+        return key_with(f"grid.model=[{{preset: tiny-llama, name: own, source: {source}}}]")
+
+    assert key("a", b"x" * 10) == key("b", b"y" * 10)
+    assert key("c", b"x" * 11) != key_with()
+    assert len({key("d", b"x" * 10), key("e", b"x" * 11)}) == 2
