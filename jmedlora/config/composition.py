@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from jmedlora.config.faults import BadInput, Fault
+from jmedlora.config.faults import BadInput, Fault, first_line
 from jmedlora.config.locate import absolute, conf_dir
 from jmedlora.config.origin import COMMAND_LINE, Origin
 from jmedlora.config.validate import unknown_name
@@ -78,11 +78,6 @@ def find_secrets(value: Any, origin: Origin, key: str = "") -> list[Fault]:
         for position, item in enumerate(value):
             faults += find_secrets(item, origin, f"{key}[{position}]")
     return faults
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _translated(error: Exception, origin: Origin) -> Fault:

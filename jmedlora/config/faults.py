@@ -34,3 +34,8 @@ class BadInput(Exception):
             raise ValueError("BadInput needs at least one fault")
         self.faults = list(dict.fromkeys(faults))
         super().__init__("\n".join(str(fault) for fault in self.faults))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -11,8 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
-from jmedlora.config.composition import first_line
-from jmedlora.config.faults import Fault
+from jmedlora.config.faults import Fault, first_line
 from jmedlora.config.locate import absolute, bundled_file, conf_dir
 from jmedlora.config.origin import Origin
 from jmedlora.config.parts import BenchmarkConfig, DataConfig

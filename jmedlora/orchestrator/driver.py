@@ -14,9 +14,10 @@ from pathlib import Path
 
 import ray
 from ray import tune
+from ray.exceptions import RayError
 from rich.console import Console
 
-from jmedlora.config.faults import BadInput, Fault
+from jmedlora.config.faults import BadInput, Fault, first_line
 from jmedlora.config.sweep import SweepConfig
 from jmedlora.orchestrator.environment import ON_HEAD
 from jmedlora.orchestrator.evaluation_pool import EvaluationPool
@@ -162,7 +163,7 @@ class _Driver:
         """Lets the tracker write all that it was told; returns what MLflow could not take."""
         try:
             return ray.get(self.tracker.finish.remote(status, str(report) if report else None), timeout=CLOSE_TRACKING_S)
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             return [f"{type(error).__name__}: not everything was written; `jmedlora report` shows what storage holds"]
 
     def _train_and_evaluate(self, trials: list[TrialSpec], lanes: int) -> list[str]:
@@ -206,7 +207,11 @@ class _Driver:
                 name=f"tune-{self.context.attempt}", storage_path=str(self.storage.sweep(self.plan.sweep).ray), verbose=0
             ),
         )
-        results = tuner.fit()
+        try:
+            results = tuner.fit()
+        except (RuntimeError, RayError) as error:  # Tune itself could not go on; what is stored is kept
+            log.debug("Tune stopped", exc_info=True)
+            return [f"training stopped: {first_line(error)}"]
         names = {trial.trial_id: ", ".join(self.names[run.run_key] for run in trial.runs) for trial in trials}
         return [f"trial of {names[result.config['trial_id']]}: {last_line(result.error)}" for result in results if result.error]
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
+from jmedlora.config.faults import first_line
 from jmedlora.config.parts import ResourcesConfig
 from jmedlora.evaluation.reuse import adopt_evaluation
 from jmedlora.orchestrator.environment import worker_environment
@@ -173,14 +174,14 @@ class EvaluationPool:
                 self._waiting.pop(key)
                 if job.step:
                     self._computed[self._content(job)] = (job.run_key, job.step)
-            except RayActorError as death:
-                self._end(slot)
-                self._attempts[key] = self._attempts.get(key, 0) + 1
-                if self._attempts[key] >= MAX_ATTEMPTS:
-                    self._fail(key, f"the evaluation actor died {MAX_ATTEMPTS} times: {death}")
             except RayTaskError as error:
                 if is_ready(job, self.storage):  # else its run has started over, and the checkpoint will come again
                     self._fail(key, f"{type(error.cause).__name__}: {error.cause}")
+            except RayError as death:  # killed, out of memory, or its node is gone
+                self._end(slot)
+                self._attempts[key] = self._attempts.get(key, 0) + 1
+                if self._attempts[key] >= MAX_ATTEMPTS:
+                    self._fail(key, f"the evaluation actor died {MAX_ATTEMPTS} times: {first_line(death)}")
             slot.result = None
 
     def _fail(self, key: tuple[str, int, str], why: str) -> None:

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@ray.remote(num_cpus=0, resources=ON_HEAD)
+@ray.remote(num_cpus=0, resources=ON_HEAD, max_restarts=5)
 class TrackerActor:
     """Its methods return at once; MLflow is written by a thread of its own, in the order of the calls.
 
+    An actor that died starts again from what storage holds.
     What could not be written is kept as an error and written again from storage in `finish`.
     """
 

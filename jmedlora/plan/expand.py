@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,12 +14,18 @@ from jmedlora.config.run import RunSettings
 from jmedlora.config.sweep import SweepConfig
 from jmedlora.config.validate import faults_of
 
+MAX_RUNS = 100_000
+
 
 def expand_runs(config: SweepConfig, faults: list[Fault]) -> list[RunSettings]:
     """Every run once, in the order of the file: grids first (the last axis varies fastest), then `extra`.
 
     Precedence, from weak to strong: the method preset's defaults, `training`, the grid or the extra run.
     """
+    count = sum(math.prod(map(len, grid.values())) for grid in config.grids) + len(config.extra)
+    if count > MAX_RUNS:
+        faults.append(Fault(config.file, "grid", f"{count} runs", f"at most {MAX_RUNS}"))
+        return []
     runs: dict[RunSettings, None] = {}
     told: set[str] = set()
     for where, own in _combinations(config):

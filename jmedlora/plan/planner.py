@@ -27,6 +27,7 @@ from jmedlora.plan.weights import WeightsFolder, locate_weights
 
 SAMPLE_ROWS = 200
 """Rows that are looked at for mean lengths."""
+MAX_CHECKPOINTS = 10_000
 UNKNOWN_ROW_CHARACTERS = 250.0
 """Assumed length of a row that is not here yet."""
 
@@ -92,6 +93,7 @@ class _Planner:
         settings = expand_runs(config, self.faults)
         for run in settings:
             check_run(run, config, models[run.model].architecture, self.faults)
+            self._check_checkpoints(run, data[run.data])
         if self.faults:
             raise BadInput(self.faults)
         # settings that spell the same adapter (`alpha: 8` and `2r` at rank 4) are one run
@@ -180,8 +182,7 @@ class _Planner:
         method = self.config.methods[settings.method]
         prompt = self.config.prompts[settings.prompt]
         precision, compute = self._precisions(method)
-        steps_per_epoch = math.ceil(data.size / settings.batch_size)
-        total = settings.max_steps if settings.max_steps is not None else math.ceil(steps_per_epoch * (settings.epochs or 0))
+        steps_per_epoch, total = step_counts(settings, data.size)
         identity = (settings, model.identity, method, precision, data.digest, prompt, total)
         return RunSpec(
             run_key=run_key(*identity),
@@ -204,6 +205,14 @@ class _Planner:
             row_characters=self._row_characters(data, prompt),
             provisional=not (model.is_here and data.is_here),
         )
+
+    def _check_checkpoints(self, settings: RunSettings, data: _Data) -> None:
+        steps_per_epoch, total = step_counts(settings, data.size)
+        every = self.config.evaluate.every
+        count = 1 if every == "end" else total // (steps_per_epoch if every == "epoch" else int(every))
+        if count > MAX_CHECKPOINTS:
+            told = f"{every} would write {count} checkpoints of a run of {total} steps"
+            self.faults.append(Fault(self.config.file, "evaluate.every", told, f"at most {MAX_CHECKPOINTS} checkpoints a run"))
 
     def _row_characters(self, data: _Data, prompt: PromptConfig) -> float:
         key = (data.config.name, prompt.name)
@@ -250,6 +259,12 @@ def _prompt_characters(benchmark: Benchmark | None, prompt: PromptConfig, shots:
     examples = [example.as_instruction() for example in benchmark.examples[:shots]]
     lengths = [len(render_prompt(prompt, question.as_instruction(), examples)) for question in benchmark.questions[:SAMPLE_ROWS]]
     return sum(lengths) / len(lengths)
+
+
+def step_counts(settings: RunSettings, rows: int) -> tuple[int, int]:
+    """Optimizer steps of one pass over the data, and of the whole run."""
+    per_epoch = math.ceil(rows / settings.batch_size)
+    return per_epoch, settings.max_steps if settings.max_steps is not None else math.ceil(per_epoch * (settings.epochs or 0))
 
 
 def checkpoint_steps(every: str | int, steps_per_epoch: int, total_steps: int) -> list[int]:

@@ -22,6 +22,8 @@ from jmedlora.plan.writing import read_plan, write_plan
 
 TEMPLATE = "{% for e in examples %}{{ e.instruction }}{{ e.output }}{% endfor %}{{ instruction }}{{ input }}"
 
+MANY = ",".join(map(str, range(1, 401)))
+
 
 def plan_of(*overrides: str, sweep: str = "smoke") -> Plan:
     return open_sweep(sweep, list(overrides))[1]
@@ -236,12 +238,22 @@ def test_settings_that_spell_the_same_adapter_are_one_run() -> None:
         ("prompts=[{name: p, template: '{{ instruction }}'}]", "prompt p: template: never shows {{ input }}"),
         ("prompts=[{name: p, template: '{{ nope }}'}]", "prompt p: template: 'nope' is undefined"),
         ("prompts=[{name: p, template: '{% if %}'}]", "prompt p: template: "),
+        ("training.max_steps=1000000000", "evaluate.every: epoch would write 142857142 checkpoints of a run of 1000000000 steps"),
+        (
+            f"grid.seed=[{MANY}]",
+            "grid: 160000 runs; allowed: at most",
+        ),
         ("storage=s3://bucket/x", "storage: s3://bucket/x is not a local folder"),
     ],
 )
 def test_combinations_that_would_fail_late_are_told_early(override: str, told: str) -> None:
+    overrides = [override]
+    if "max_steps" in override:
+        overrides.append("~grid.epochs")
+    if "seed" in override:
+        overrides.append(f"grid.rank=[{MANY}]")
     with pytest.raises(BadInput) as caught:
-        plan_of("extra=[]", override)
+        plan_of("extra=[]", *overrides)
     assert told in "\n".join(str(fault) for fault in caught.value.faults)
 
 
