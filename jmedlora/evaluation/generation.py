@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,9 @@ from jmedlora.evaluation.metrics import first_line_is_complete
 
 # Finished rows are dropped from a batch once they are a quarter of it: dropping copies the cache, keeping computes them in vain.
 _KEPT_SHARE = 0.75
+
+# Prompts of one batch differ in length by at most this: what a longer one adds, all others are padded with.
+_WIDEST_SHARE, _SLACK_TOKENS = 1.3, 32
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,28 @@ def decode_greedily(
     order = sorted(range(len(token_ids)), key=lambda i: (len(token_ids[i]), i))
     prefix = _read_shared_prefix(model, token_ids, device)
     answers: list[list[int]] = [[] for _ in token_ids]
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    answered = 0
+    for rows in _batches(order, token_ids, batch_size):
         batch = _decode_batch(model, [token_ids[row] for row in rows], prefix, stop, max_new_tokens, device)
         for row, answer in zip(rows, batch, strict=True):
             answers[row] = answer
+        answered += len(rows)
         if on_batch is not None:
-            on_batch(start + len(rows))
+            on_batch(answered)
     return Generation([stop.text(answer) for answer in answers], prompts.tokens, sum(map(len, answers)), prompts.truncated)
+
+
+def _batches(order: list[int], token_ids: list[list[int]], batch_size: int) -> Iterator[list[int]]:
+    """Runs of `order`, which goes from short to long, of at most `batch_size` prompts that need little padding together."""
+    batch: list[int] = []
+    for row in order:
+        too_long = batch and len(token_ids[row]) > _WIDEST_SHARE * len(token_ids[batch[0]]) + _SLACK_TOKENS
+        if too_long or len(batch) == batch_size:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 class _StopRule:

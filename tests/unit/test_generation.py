@@ -98,7 +98,7 @@ class Scripted(torch.nn.Module):
 
 def scripted(tokenizer: PreTrainedTokenizerBase, texts: list[str], ends: bool = False) -> tuple[Scripted, list[str]]:
     """A model that answers the i-th of the returned prompts with the i-th text (then `</s>`, or a filling)."""
-    prompts = ["x" * (20 * (i + 1)) for i in range(len(texts))]
+    prompts = ["x" * (100 + 20 * i) for i in range(len(texts))]  # alike enough to share a batch
     script = {}
     for prompt, text in zip(prompts, texts, strict=True):
         ids = tokenizer(text, add_special_tokens=False).input_ids + ([END] if ends else [])
@@ -196,3 +196,12 @@ def test_progress_is_told_after_each_batch(tokenizer: PreTrainedTokenizerBase) -
 
 def test_no_prompts_give_no_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     assert answers(model, tokenizer, [], 4) == Generation([], 0, 0, 0)
+
+
+def test_a_batch_holds_prompts_of_similar_length(tokenizer: PreTrainedTokenizerBase) -> None:
+    model, _ = scripted(tokenizer, ["a"])
+    model.script = {1: [END] * 300}
+    prompts = ["x" * length for length in (20, 25, 30, 100, 110, 120, 125, 200)]
+    made = generate_responses(model, tokenizer, prompts, 1, 3, "cpu")
+    assert len(made.texts) == len(prompts)
+    assert model.rows_seen == [3, 3, 1, 1]
