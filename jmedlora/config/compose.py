@@ -57,7 +57,7 @@ class _SweepReader:
 
     def read(self, inspect: Inspect | None) -> SweepConfig:
         raw = compose_sweep(self.origin)
-        self.faults += find_secrets(raw, self.origin)
+        self.faults += find_secrets(raw, self.origin.of)
         file = self._valid_keys(raw)
         config = self._assembled(file)
         if config is None:
@@ -120,6 +120,7 @@ class _SweepReader:
             sources=absolute(file.sources, self.origin.base("sources")),
             offline=file.offline,
             note=file.note,
+            overridden=sorted(self.origin.overridden),
         )
 
     # -- run settings
@@ -155,7 +156,7 @@ class _SweepReader:
 
     def _named(self, group: str, entry: Any, key: str) -> str:
         """Reads a part and keeps it under its name, which is returned."""
-        if not isinstance(entry, str | dict):
+        if not isinstance(entry, str | dict) or not entry:
             self._fault(key, f"{entry!r} is not allowed", f"a {group}'s name or a mapping")
             return str(entry)
         part = self.reader.read(group, _KINDS[group], entry, key)

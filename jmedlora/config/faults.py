@@ -36,6 +36,6 @@ class BadInput(Exception):
         super().__init__("\n".join(str(fault) for fault in self.faults))
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message that says something."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -42,8 +43,7 @@ class Origin:
 
     def of(self, key: str) -> str:
         """`command line` or the file, for one dotted key."""
-        plain = re.sub(r"\[\d+\]", "", key)
-        return COMMAND_LINE if any(plain == name or plain.startswith(f"{name}.") for name in self.overridden) else self.where
+        return COMMAND_LINE if is_overridden(key, self.overridden) else self.where
 
     def base(self, key: str) -> Path:
         """Folder that relative paths of a key are taken from: the file's, or the working directory for shipped files and overrides."""
@@ -51,4 +51,20 @@ class Origin:
 
     def located(self, faults: list[Fault]) -> list[Fault]:
         """Faults of keys that came from the command line say so."""
-        return [Fault(self.of(f.key), f.key, f.problem, f.allowed) if f.where == self.where and f.key else f for f in faults]
+        return locate_faults(faults, self.where, self.overridden)
+
+
+def is_overridden(key: str, overridden: Iterable[str]) -> bool:
+    """True where the command line set a key, something above it, or (`benchmarks.0.path`) a place inside the list that it names."""
+    plain = _without_places(key)
+    names = {_without_places(name) for name in overridden}
+    return any(plain == name or plain.startswith(f"{name}.") for name in names)
+
+
+def locate_faults(faults: list[Fault], file: str, overridden: Iterable[str]) -> list[Fault]:
+    """Those faults of `file` whose key the command line set, told as such."""
+    return [replace(f, where=COMMAND_LINE) if f.where == file and f.key and is_overridden(f.key, overridden) else f for f in faults]
+
+
+def _without_places(key: str) -> str:
+    return re.sub(r"\[\d+\]|\.\d+(?=\.|$)", "", key)

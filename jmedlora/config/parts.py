@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 Family = Literal["llama", "gpt_neox"]
 Precision = Literal["fp32", "bf16", "nf4"]
 Schedule = Literal["constant", "linear", "cosine"]
+NAME = r"^[\w-]+$"
+FILE_NAME = r"^[\w-][\w.-]*$"
+REPOSITORY = r"^[\w.-]+/[\w.-]+$"
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _refuse_truth(kind: str) -> Any:
+    def check(value: Any) -> Any:
+        if isinstance(value, bool):  # which Python counts as 0 and 1
+            raise PydanticCustomError(kind, "a number")
+        return value
+
+    return BeforeValidator(check)
+
+
+Whole = Annotated[int, _refuse_truth("int_type")]
+Number = Annotated[float, _refuse_truth("float_type")]
 
 
 class Part(BaseModel):
     """Base of all configuration: unknown keys are faults, values are never changed after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 # ---------------------------------------------------------------- models
@@ -25,7 +42,7 @@ class HubSource(Part):
     """Weights on the Hugging Face Hub, or in its local cache."""
 
     kind: Literal["hub"]
-    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    repo: Annotated[str, Field(pattern=REPOSITORY)]
     revision: str | None = None
     """A commit (40 hex digits) pins the weights; a branch name or nothing leaves the run keys provisional."""
 
@@ -49,14 +66,14 @@ class RandomSource(Part):
     """Random weights of the architecture given in the model's `architecture`, with a byte-level tokenizer."""
 
     kind: Literal["random"]
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[Whole, Field(ge=0)] = 0
 
 
 class NamedSource(Part):
     """Something that is yet to be made or brought: looked for as `<sources>/<name>`, told as `not here yet` when missing."""
 
     kind: Literal["named"]
-    name: Text
+    name: Annotated[str, Field(pattern=FILE_NAME)]
 
 
 ModelSource = Annotated[HubSource | PathSource | GgufSource | RandomSource | NamedSource, Field(discriminator="kind")]
@@ -65,14 +82,14 @@ ModelSource = Annotated[HubSource | PathSource | GgufSource | RandomSource | Nam
 class Architecture(Part):
     """Shape facts, enough to count parameters and estimate memory without the weights."""
 
-    layers: Annotated[int, Field(ge=1)]
-    hidden_size: Annotated[int, Field(ge=1)]
-    intermediate_size: Annotated[int, Field(ge=1)]
-    heads: Annotated[int, Field(ge=1)]
-    kv_heads: Annotated[int, Field(ge=1)]
-    vocabulary: Annotated[int, Field(ge=1)]
+    layers: Annotated[Whole, Field(ge=1)]
+    hidden_size: Annotated[Whole, Field(ge=1)]
+    intermediate_size: Annotated[Whole, Field(ge=1)]
+    heads: Annotated[Whole, Field(ge=1)]
+    kv_heads: Annotated[Whole, Field(ge=1)]
+    vocabulary: Annotated[Whole, Field(ge=1)]
     tied_embeddings: bool = False
-    max_positions: Annotated[int, Field(ge=1)] = 2048
+    max_positions: Annotated[Whole, Field(ge=1)] = 2048
 
 
 class ModelConfig(Part):
@@ -83,7 +100,7 @@ class ModelConfig(Part):
     family: Family
     architecture: Architecture | None = None
     """May be left out where the source is a folder with a config.json."""
-    tokens_per_character: Annotated[float, Field(gt=0)] = 1.0
+    tokens_per_character: Annotated[Number, Field(gt=0)] = 1.0
     """Tokens that this model's tokenizer makes of a Japanese character, for estimates."""
     licence: str = ""
     language: str = ""
@@ -112,12 +129,12 @@ class Filters(Part):
 
     years: list[int] | None = None
     text_only: bool | None = None
-    choices: Annotated[int, Field(ge=2)] | None = None
+    choices: Annotated[Whole, Field(ge=2)] | None = None
     """Keep questions with exactly this many choices."""
-    answers: Annotated[int, Field(ge=1)] | None = None
+    answers: Annotated[Whole, Field(ge=1)] | None = None
     """Keep questions with exactly this many right answers."""
     exclude: list[str] = []
-    first: Annotated[int, Field(ge=1)] | None = None
+    first: Annotated[Whole, Field(ge=1)] | None = None
     """Keep the first n of what is left."""
 
 
@@ -125,7 +142,7 @@ class DataConfig(Part):
     """A training set of instruction rows (`instruction`, `input`, `output`)."""
 
     name: Text
-    path: str | None = None
+    path: Text | None = None
     """JSON Lines or a JSON list; or, for `questions`, what a benchmark's path may be."""
     bundled: str | None = None
     """A file shipped with jmedlora, instead of `path`."""
@@ -134,7 +151,7 @@ class DataConfig(Part):
     format: Literal["instructions", "questions"] = "instructions"
     """`questions`: exam questions, each turned into a row that is answered with the choice's text."""
     filters: Filters = Filters()
-    declared_rows: Annotated[int, Field(ge=1)] | None = None
+    declared_rows: Annotated[Whole, Field(ge=1)] | None = None
     """Size of a source that is not here yet, so that it can be planned for."""
     note: str = ""
 
@@ -142,8 +159,8 @@ class DataConfig(Part):
 class BenchmarkConfig(Part):
     """A question set in IgakuQA's format, with the examples that few-shot prompts may use."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-    path: str | None = None
+    name: Annotated[str, Field(pattern=NAME)]
+    path: Text | None = None
     """A JSON Lines file, or a folder: an IgakuQA checkout (`data/<year>/*.jsonl`) or one of its year folders."""
     bundled: str | None = None
     source: NamedSource | None = None
@@ -153,14 +170,14 @@ class BenchmarkConfig(Part):
     fewshot_items: list[str] = []
     """Ids of questions of the benchmark itself to be used as examples; these are then not evaluated."""
     filters: Filters = Filters()
-    declared_questions: Annotated[int, Field(ge=1)] | None = None
+    declared_questions: Annotated[Whole, Field(ge=1)] | None = None
     note: str = ""
 
 
 class PromptConfig(Part):
     """A Jinja2 template of `instruction`, `input` and `examples` (each with instruction, input, output)."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    name: Annotated[str, Field(pattern=NAME)]
     template: Text
     note: str = ""
 
@@ -175,26 +192,26 @@ class DeepSpeedConfig(Part):
 
 
 class EvaluationResources(Part):
-    actors: Annotated[int, Field(ge=1)] = 1
-    cpus: Annotated[int, Field(ge=1)] = 1
-    gpus: Annotated[float, Field(ge=0)] = 0
+    actors: Annotated[Whole, Field(ge=1)] = 1
+    cpus: Annotated[Whole, Field(ge=1)] = 1
+    gpus: Annotated[Number, Field(ge=0)] = 0
 
 
 class ResourcesConfig(Part):
     """What one trial takes, and what there is at most."""
 
-    workers_per_trial: Annotated[int, Field(ge=1)] = 1
-    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
-    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
+    workers_per_trial: Annotated[Whole, Field(ge=1)] = 1
+    cpus_per_worker: Annotated[Whole, Field(ge=1)] = 1
+    gpus_per_worker: Annotated[Whole, Field(ge=0, le=1)] = 0
     """A worker drives one GPU, or none."""
-    max_gpus: Annotated[int, Field(ge=0)] = 0
+    max_gpus: Annotated[Whole, Field(ge=0)] = 0
     """GPUs of the cluster at its largest, not today's."""
-    gpu_memory_gb: Annotated[float, Field(gt=0)] = 80
+    gpu_memory_gb: Annotated[Number, Field(gt=0)] = 80
     """Memory of one GPU, for the plan's estimates."""
-    tflops: Annotated[float, Field(gt=0)] | None = None
+    tflops: Annotated[Number, Field(gt=0)] | None = None
     """Sustained TFLOP/s of one worker, for the plan's estimates; left out: 200 for a GPU, 0.06 for a CPU core."""
-    max_concurrent_trials: Annotated[int, Field(ge=1)] | None = None
+    max_concurrent_trials: Annotated[Whole, Field(ge=1)] | None = None
     """Left out: as many as the machines hold."""
-    max_failures: Annotated[int, Field(ge=0)] = 2
+    max_failures: Annotated[Whole, Field(ge=0)] = 2
     """Restarts of one trial's workers before the trial counts as failed."""
     evaluation: EvaluationResources = EvaluationResources()

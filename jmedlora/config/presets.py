@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
-from jmedlora.config.faults import Fault, first_line
+from jmedlora.config.composition import find_secrets, refuse_resolvers, yaml_fault
+from jmedlora.config.faults import Fault
 from jmedlora.config.locate import absolute, bundled_file, conf_dir
 from jmedlora.config.origin import Origin
 from jmedlora.config.parts import BenchmarkConfig, DataConfig
@@ -48,32 +49,36 @@ class PartReader:
         part = validated(kind, own, self.origin.where, key, self.faults)
         return self._checked(part, self.origin.where, key)
 
-    def _preset(self, group: str, name: str, key: str) -> tuple[dict[str, Any], str] | None:
-        """A preset's content and the file it stands in."""
+    def _preset(self, group: str, name: str, key: str, below: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str] | None:
+        """A preset's content and the file it stands in; `below`: the presets that are built on it."""
         for folder in self.origin.search:
             path = folder / group / f"{name}.yaml"
-            if path.is_file():
-                return self._preset_file(group, path, folder == conf_dir())
+            if path.is_file() and path not in below:
+                return self._preset_file(group, path, folder == conf_dir(), below)
         names = {path.stem for folder in self.origin.search for path in (folder / group).glob("*.yaml")}
         self.faults.append(Fault(self.origin.where, key, f"unknown {group} {name!r}", unknown_name(name, names)))
         return None
 
-    def _preset_file(self, group: str, path: Path, is_shipped: bool) -> tuple[dict[str, Any], str] | None:
+    def _preset_file(self, group: str, path: Path, is_shipped: bool, below: tuple[Path, ...]) -> tuple[dict[str, Any], str] | None:
         where = f"conf/{group}/{path.name}" if is_shipped else str(path)
         try:
+            if refused := refuse_resolvers(path.read_text(encoding="utf-8"), where):
+                self.faults += refused
+                return None
             content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            self.faults.append(Fault(where, "", first_line(error)))
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
+            self.faults.append(yaml_fault(error, where))
             return None
         if not isinstance(content, dict):
             self.faults.append(Fault(where, "", "not a mapping", f"the keys of a {group}"))
             return None
+        self.faults += find_secrets(content, lambda _: where)
         own = _absolute_paths({str(name): value for name, value in content.items() if name != "preset"}, path.parent)
         if (parent := content.get("preset")) is not None:
-            found = self._preset(group, str(parent), f"{where}: preset")
+            found = self._preset(group, str(parent), f"{where}: preset", (*below, path))
             if found is None:
                 return None
-            own = _merged(found[0], own)
+            own = _merged({key: value for key, value in found[0].items() if key != "name"}, own)
         return ({"name": path.stem, **own} if group not in ("deepspeed", "resources") else own), where
 
     def _checked(self, part: PartT | None, where: str, prefix: str) -> PartT | None:
@@ -84,7 +89,7 @@ class PartReader:
         for holder, inner in ((part, ""), (getattr(part, "source", None), "source.")):
             for name in _PATH_KEYS:
                 value = getattr(holder, name, None)
-                if isinstance(value, str) and not Path(value).exists():
+                if isinstance(value, str) and not _exists(value):
                     found.append((inner + name, f"{value} does not exist", "an existing file or folder"))
         for name in ("bundled", "fewshot_bundled"):
             value = getattr(part, name, None)
@@ -99,12 +104,19 @@ class PartReader:
         return None if found else part
 
 
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
 def _absolute_paths(content: dict[str, Any], base: Path) -> dict[str, Any]:
     """The paths that the user wrote, made absolute; the file of a GGUF source is one unless it lies in a package."""
     path_keys = (*_PATH_KEYS, "file") if content.get("kind") == "gguf" and not content.get("package") else _PATH_KEYS
     result: dict[str, Any] = {}
     for name, value in content.items():
-        if name in path_keys and isinstance(value, str):
+        if name in path_keys and isinstance(value, str) and value:
             result[name] = absolute(value, base)
         else:
             result[name] = _absolute_paths(value, base) if isinstance(value, dict) else value

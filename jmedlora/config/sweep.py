@@ -7,7 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from jmedlora.config.faults import Fault
+from jmedlora.config.origin import locate_faults
 from jmedlora.config.parts import (
+    FILE_NAME,
     BenchmarkConfig,
     DataConfig,
     DeepSpeedConfig,
@@ -16,9 +19,11 @@ from jmedlora.config.parts import (
     Part,
     PromptConfig,
     ResourcesConfig,
+    Text,
+    Whole,
 )
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+Name = Annotated[str, Field(pattern=FILE_NAME)]
 PartEntry = Name | dict[str, Any]
 """A preset's name, or the part itself; `preset: NAME` inside takes the preset and changes the keys beside it."""
 
@@ -26,10 +31,10 @@ PartEntry = Name | dict[str, Any]
 class EvaluateConfig(Part):
     """When checkpoints are written and scored, and how answers are generated."""
 
-    every: Literal["epoch", "end"] | Annotated[int, Field(ge=1)] = "epoch"
+    every: Literal["epoch", "end"] | Annotated[Whole, Field(ge=1)] = "epoch"
     """`epoch`: at every epoch's end; `end`: once; a number: every so many optimizer steps. The last step always counts."""
-    max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    max_new_tokens: Annotated[Whole, Field(ge=1)] = 64
+    batch_size: Annotated[Whole, Field(ge=1)] = 16
 
 
 class SweepFile(Part):
@@ -41,15 +46,15 @@ class SweepFile(Part):
     """Single runs beside the grid."""
     data: PartEntry = "sample"
     benchmarks: Annotated[list[PartEntry], Field(min_length=1)] = ["sample"]
-    shots: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    shots: Annotated[list[Annotated[Whole, Field(ge=0)]], Field(min_length=1)] = [0]
     prompts: Annotated[list[PartEntry], Field(min_length=1)] = ["alpaca-ja"]
     training: dict[str, Any] = {}
     """Settings of every run that the grid does not vary."""
     evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: PartEntry = "zero0"
     resources: PartEntry = "local"
-    storage: str = "results"
-    sources: str = "sources"
+    storage: Text = "results"
+    sources: Text = "sources"
     """Folder in which named models, data and benchmarks are looked for."""
     offline: bool = False
     """No network call at all."""
@@ -78,6 +83,12 @@ class SweepConfig(Part):
     sources: str
     offline: bool
     note: str
+    overridden: list[str]
+    """Dotted keys that the command line set."""
+
+    def located(self, faults: list[Fault]) -> list[Fault]:
+        """Faults of keys that came from the command line say so."""
+        return locate_faults(faults, self.file, self.overridden)
 
     @property
     def storage_path(self) -> Path:

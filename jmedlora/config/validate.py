@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from jmedlora.config.faults import Fault
+from jmedlora.config.parts import FILE_NAME, NAME, REPOSITORY
 
 PartT = TypeVar("PartT", bound=BaseModel)
 
@@ -25,6 +25,8 @@ _KINDS = {
     "bool_parsing": "true or false",
     "string_type": "a text",
     "list_type": "a list",
+    "tuple_type": "a list",
+    "finite_number": "a finite number",
     "dict_type": "a mapping",
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
@@ -47,7 +49,7 @@ def describe_allowed(error: ErrorDetails) -> str:
     bounds = {"greater_than_equal": "ge", "greater_than": "gt", "less_than_equal": "le", "less_than": "lt"}
     if kind in bounds:
         words = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}[bounds[kind]]
-        return f"{words} {context[bounds[kind]]}"
+        return f"{words} {context[bounds[kind]]:g}"
     if kind == "literal_error":
         return str(context["expected"])
     if kind == "union_tag_invalid":
@@ -59,7 +61,7 @@ def describe_allowed(error: ErrorDetails) -> str:
     if kind == "string_too_short":
         return "a text that is not empty"
     if kind == "string_pattern_mismatch":
-        return f"a text that matches {context['pattern']}"
+        return _PATTERNS.get(context["pattern"], f"a text that matches {context['pattern']}")
     if kind == "value_error":
         return ""
     return error["msg"]
@@ -70,13 +72,18 @@ def faults_of(error: ValidationError, model: Any, where: str, prefix: str = "") 
     grouped: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         grouped.setdefault(_dotted(detail, prefix), []).append(detail)
+    # a mapping that is wrong inside is not told as `not a list` as well, where a list would do too
+    outer = {key for key in grouped for other in grouped if other.startswith((f"{key}.", f"{key}["))}
     faults = []
     for key, details in grouped.items():
+        if key in outer and all(detail["type"] in ("list_type", "dict_type") for detail in details):
+            continue
         first = details[0]
         if first["type"] == "extra_forbidden":
             parent = _model_at(model, [part for part in first["loc"][:-1] if isinstance(part, str)])
+            problem = "unknown key" if parent else "not known here"
             known = list(parent.model_fields) if parent else []
-            faults.append(Fault(where, key, "unknown key", unknown_name(str(first["loc"][-1]), known)))
+            faults.append(Fault(where, key, problem, unknown_name(str(first["loc"][-1]), known) if known else ""))
         elif first["type"] == "missing":
             faults.append(Fault(where, key, "missing", "this key is required"))
         elif first["type"] == "value_error":
@@ -101,9 +108,12 @@ def check_field(model: type[BaseModel], field: str, value: Any, where: str, key:
     info = model.model_fields[field]
     annotation: Any = typing.Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
     try:
-        TypeAdapter(annotation).validate_python(value)
+        TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:
-        allowed = " or ".join(dict.fromkeys(filter(None, map(describe_allowed, error.errors(include_url=False)))))
+        told = list(map(describe_allowed, error.errors(include_url=False)))
+        if type(None) in typing.get_args(info.annotation):
+            told.append("null")
+        allowed = " or ".join(dict.fromkeys(filter(None, told)))
         return [Fault(where, key, f"{_shown(value)} is not allowed", allowed)]
     return []
 
@@ -122,28 +132,34 @@ def _dotted(detail: ErrorDetails, prefix: str) -> str:
     return text
 
 
+_PATTERNS = {
+    NAME: "a name of letters, digits, - and _",
+    FILE_NAME: "a name of letters, digits, -, _ and . (not in front)",
+    REPOSITORY: "owner/name",
+}
 _BUILTIN_TYPES = {"str", "int", "float", "bool", "dict", "list", "none"}
 _SOURCE_KINDS = {"hub", "path", "gguf", "random", "named"}
 
 
 def _model_at(model: Any, path: list[str]) -> type[BaseModel] | None:
+    """The model that a path of keys (and tags of unions) leads to."""
+    found: list[Any] = [model]
     for name in path:
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return None
-        if name in model.model_fields:
-            model = _as_model(model.model_fields[name].annotation)
-    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
+        tagged = [item for item in found if item.model_fields.get("kind") and name in typing.get_args(item.model_fields["kind"].annotation)]
+        if tagged and len(found) > 1:
+            found = tagged
+            continue
+        found = [inner for item in found if name in item.model_fields for inner in _models_in(item.model_fields[name].annotation)]
+    return found[0] if len(found) == 1 else None
 
 
-def _as_model(annotation: Any) -> Any:
-    if isinstance(annotation, type):
-        return annotation
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        models = [item for item in typing.get_args(annotation) if isinstance(item, type) and issubclass(item, BaseModel)]
-        return models[0] if len(models) == 1 else None
-    return None
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for item in typing.get_args(annotation) for model in _models_in(item)]
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = {None: "null", True: "true", False: "false"}.get(value) if value is None or isinstance(value, bool) else repr(value)
+    assert text is not None
     return text if len(text) <= 80 else text[:77] + "..."

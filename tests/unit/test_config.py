@@ -207,3 +207,121 @@ def test_inside_a_ray_job_a_relative_storage_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert "'results' would lie in Ray's temporary copy" in faults_of("smoke")[0]
     assert load_sweep("smoke", [f"storage={tmp_path}"]).storage == str(tmp_path)
+
+
+def test_an_override_reaches_into_lists() -> None:
+    config = load_sweep("jmedlora", ["grid.rank=[8,64]", "grid.0.epochs=[2]", "grid.1.seed=[5]"])
+    assert [grid["rank"] for grid in config.grids] == [[8, 64], [8, 64]]
+    assert [grid["epochs"] for grid in config.grids] == [[2], [1, 3, 10]]
+    assert "seed" not in config.grids[0]
+    benchmark = load_sweep("quickstart", ["benchmarks.0.filters.first=3"]).benchmarks[0]
+    assert (benchmark.name, benchmark.filters.first) == ("sample", 3)
+
+
+def test_a_mapping_on_the_command_line_replaces_the_files() -> None:
+    assert load_sweep("quickstart", ["grid={model: [tiny-llama], method: [lora], max_steps: [3]}", "extra=[]"]).grids == [
+        {"model": ["tiny-llama"], "method": ["lora"], "max_steps": [3]}
+    ]
+
+
+def test_preset_folders_beside_the_file_do_not_disturb_overrides_of_the_same_name(tmp_path: Path) -> None:
+    for group in ("resources", "data", "prompt"):
+        (tmp_path / group).mkdir()
+    (tmp_path / "resources" / "two.yaml").write_text("preset: local\nmax_failures: 1\n")
+    sweep = write_sweep(tmp_path, SWEEP)
+    assert load_sweep(sweep, ["resources=two"]).resources.max_failures == 1
+    assert load_sweep(sweep, ["resources=gpu-8", "data=sample", "~training"]).resources.max_gpus == 8
+
+
+def test_a_preset_built_on_another_has_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "benchmark").mkdir()
+    (tmp_path / "benchmark" / "short.yaml").write_text("preset: sample\nfilters: {first: 3}\n")
+    config = load_sweep(write_sweep(tmp_path, {**SWEEP, "benchmarks": ["sample", "short"]}))
+    assert [benchmark.name for benchmark in config.benchmarks] == ["sample", "short"]
+
+
+def test_a_gguf_file_is_taken_from_the_folder_of_the_sweep(tmp_path: Path) -> None:
+    model = {"preset": "tiny-llama", "name": "own", "source": {"kind": "gguf", "file": "w.gguf"}}
+    config = load_sweep(write_sweep(tmp_path, {**SWEEP, "grid": {**SWEEP["grid"], "model": [model]}}), cwd=Path("/"))
+    assert config.models["own"].source.file == str(tmp_path / "w.gguf")  # type: ignore[union-attr]
+
+
+def test_a_sweep_is_not_its_own_default(tmp_path: Path) -> None:
+    (tmp_path / "smoke.yaml").write_text("defaults: [smoke, _self_]\n")
+    assert "smoke is this file itself" in faults_of(str(tmp_path / "smoke.yaml"))[0]
+
+
+@pytest.mark.parametrize("name", ["a b.yaml", "a=b.yaml", "x.yml"])
+def test_a_file_that_cannot_name_a_sweep_is_told(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(yaml.safe_dump(SWEEP))
+    assert faults_of(str(tmp_path / name)) == [
+        f"command line: SWEEP: {name!r} is not a name for a sweep; allowed: NAME.yaml, with letters, digits, -, _ and . in the name"
+    ]
+
+
+def test_a_japanese_name_names_a_sweep(tmp_path: Path) -> None:
+    assert load_sweep(write_sweep(tmp_path / "研究", SWEEP, "比較")).name == "比較"
+
+
+PROMPT = "template: '{% for e in examples %}{{ e.instruction }}{{ e.output }}{% endfor %}{{ instruction }}{{ input }}"
+
+
+@pytest.mark.parametrize(
+    ("group", "text", "told"),
+    [
+        ("prompt", PROMPT + "${oc.env:HOME}'", "${oc.env:HOME} is not allowed"),
+        ("prompt", PROMPT + "'\napi_token: hf_secret", "api_token: looks like a secret"),
+        ("prompt", "template: 'x", "own.yaml:1: not YAML"),
+        ("prompt", "preset: own", "unknown prompt 'own'"),
+        ("prompt", "- 1", "not a mapping"),
+        ("resources", "max_gpu: 1", "max_gpu: unknown key; allowed: did you mean 'max_gpus'?"),
+    ],
+)
+def test_faults_of_a_preset_name_its_file(tmp_path: Path, group: str, text: str, told: str) -> None:
+    (tmp_path / group).mkdir()
+    (tmp_path / group / "own.yaml").write_text(text)
+    entry = {"prompts": ["own"]} if group == "prompt" else {group: "own"}
+    lines = faults_of(write_sweep(tmp_path, {**SWEEP, **entry}))
+    assert any((told in line and "own.yaml" in line) or (told in line and "unknown" in told) for line in lines), lines
+    assert "hf_secret" not in "".join(lines)
+
+
+def test_a_preset_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+    (tmp_path / "prompt").mkdir()
+    (tmp_path / "prompt" / "own.yaml").write_bytes("template: 日本".encode("cp932"))
+    assert "not UTF-8" in faults_of(write_sweep(tmp_path, {**SWEEP, "prompts": ["own"]}))[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("grid.rank=[true]", "grid.rank[0]: true is not allowed; allowed: a whole number"),
+        ("training.batch_size=true", "training.batch_size: true is not allowed; allowed: a whole number"),
+        ("evaluate.every=true", "evaluate.every: true is not allowed"),
+        ("grid.epochs=[inf]", "grid.epochs[0]: inf is not allowed; allowed: a finite number or null"),
+        ("training.learning_rate=nan", "allowed: a finite number"),
+        ("training.alpha=0r", "training.alpha: '0r' is not allowed; allowed: a number or a multiple of the rank such as 2r"),
+        ("training.alpha=-3", "training.alpha: -3 is not allowed; allowed: greater than 0 or a text"),
+        ("training.seed=99999999999999999999", "allowed: less than"),
+        ("training.targets=q_proj", "training.targets: 'q_proj' is not allowed; allowed: 'attention' or 'all-linear' or a list"),
+        ("training.max_grad_norm=big", "allowed: a number or null"),
+        ("grid.model=['']", "grid.model[0]: '' is not allowed"),
+        ("grid.rank=8", "grid.rank: 8 is not allowed; allowed: a list"),
+        ("training=[]", "training: [] is not allowed; allowed: a mapping"),
+        ("storage=", "storage: '' is not allowed"),
+        ("data={name: x, path: ''}", "data.path: "),
+        (
+            "grid.model=[{name: x, family: llama, source: {kind: path, path: /tmp, revison: y}}]",
+            "revison: unknown key; allowed: one of kind, path",
+        ),
+        ("grid.rank=8,64", "command line: grid.rank=8,64: is not one value"),
+        ("~nokey", "command line: ~nokey: there is no such key"),
+        ("grid.7.rank=[1]", "there is no such key"),
+        ("note=${oc.env:HOME}", "${...} is not allowed"),
+    ],
+)
+def test_nonsense_on_the_command_line_is_told(override: str, told: str) -> None:
+    lines = faults_of("quickstart", override)
+    assert any(told in line for line in lines), lines
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("command line: ")

@@ -41,3 +41,11 @@ def test_every_file_it_links_to_is_there() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if "://" not in target:
             assert (ROOT / target).exists(), target
+
+
+def test_its_plan_commands_work() -> None:
+    commands = re.findall(r"`jmedlora plan (\S+)((?: [^`\s]+=[^`\s]+)*)`", README)
+    assert len(commands) >= 2
+    for sweep, overrides in commands:
+        if sweep != "SWEEP":
+            assert load_sweep(sweep, overrides.split()).name == sweep
