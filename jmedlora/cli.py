@@ -9,10 +9,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from jmedlora import __version__
 from jmedlora.config.compose import load_sweep
 from jmedlora.config.faults import BadInput, Fault
+from jmedlora.config.sweep import SweepConfig
 
 BAD_INPUT, HELD = 2, 3
 PAGE_WIDTH = 120
@@ -67,7 +69,7 @@ def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = 
     except HeldByAnother as held:
         print(f"jmedlora: sweep {planned.sweep} is {held}", file=sys.stderr)
         raise typer.Exit(HELD) from None
-    _print_outcome(console, config.storage_path, planned.sweep, outcome.standing.errors, outcome.problems, outcome.exit_code)
+    _print_outcome(console, sweep, config.storage_path, planned.sweep, outcome.problems, outcome.exit_code)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -104,7 +106,7 @@ def status(sweep: SweepArgument, overrides: Overrides = None, as_json: AsJson = 
     print(", ".join(f"{len(keys)} {name}" for name, keys in state.runs.items()) + f" of {len(planned.runs)} runs")
     print(f"{state.evaluations_done} of {state.evaluations} evaluations done")
     for key, error in state.errors.items():
-        print(f"failed: {names[key]}: {error}")
+        print(f"failed: {names[key]} ({key}): {' '.join(error.split())}")
 
 
 @app.command()
@@ -113,7 +115,7 @@ def report(sweep: SweepArgument, overrides: Overrides = None) -> None:
     from jmedlora.plan.layout import Storage
     from jmedlora.report.writer import write_report
 
-    config = load_sweep(sweep, overrides)
+    config = _stored_config(sweep, overrides)
     planned = _stored_plan(config.storage_path, config.name)
     files = write_report(planned, Storage(config.storage_path))
     _print_comparison(_console(), config.storage_path, config.name)
@@ -130,7 +132,7 @@ def ui(
     from jmedlora.plan.layout import Storage
     from jmedlora.tracking.ui import open_ui
 
-    config = load_sweep(sweep, overrides)
+    config = _stored_config(sweep, overrides)
     _stored_plan(config.storage_path, config.name)
     raise typer.Exit(open_ui(Storage(config.storage_path), config.name, port))
 
@@ -159,6 +161,15 @@ def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=PAGE_WIDTH)
 
 
+def _stored_config(sweep: str, overrides: list[str] | None) -> SweepConfig:
+    """The configuration as far as it says where a sweep is stored; raises BadInput for overrides of anything else."""
+    others = [override for override in overrides or [] if not override.lstrip("+").startswith("storage=")]
+    if others:
+        problem = "has no effect: the sweep is shown as it is stored"
+        raise BadInput([Fault("command line", override, problem, "storage=FOLDER alone") for override in others])
+    return load_sweep(sweep, overrides)
+
+
 def _stored_plan(storage: Path, name: str) -> Any:
     from jmedlora.plan.layout import Storage
     from jmedlora.plan.writing import read_plan
@@ -171,27 +182,27 @@ def _stored_plan(storage: Path, name: str) -> Any:
     return planned
 
 
-def _print_outcome(console: Console, storage: Path, name: str, errors: dict[str, str], problems: list[str], exit_code: int) -> None:
+def _print_outcome(console: Console, sweep: str, storage: Path, name: str, problems: list[str], exit_code: int) -> None:
     if exit_code == 130:
         console.print("interrupted; the same command goes on from here")
         return
     _print_comparison(console, storage, name)
-    for key, error in errors.items():
-        console.print(f"[red]failed[/] run {key}: {error}", soft_wrap=True)
     for problem in problems:
-        console.print(f"[red]problem[/] {problem}", soft_wrap=True)
+        console.print(Text(f"problem: {' '.join(problem.split())}", style="red"), soft_wrap=True)
     console.print(f"report: {storage / 'sweeps' / name / 'report' / 'index.html'}", soft_wrap=True, highlight=False)
     change = "" if storage == Path.cwd() / "results" else f" storage={storage}"
     command = sys.argv[0] if Path(sys.argv[0]).name == "jmedlora" else "jmedlora"
-    console.print(f"MLflow: {command} ui {name}{change}", soft_wrap=True, highlight=False)
+    console.print(f"MLflow: {command} ui {sweep}{change}", soft_wrap=True, highlight=False)
 
 
 def _print_comparison(console: Console, storage: Path, name: str) -> None:
     from jmedlora.plan.layout import Storage
     from jmedlora.report.collect import collect_results
-    from jmedlora.report.console import console_comparison
+    from jmedlora.report.console import console_comparison, print_failures
 
-    console.print(console_comparison(collect_results(_stored_plan(storage, name), Storage(storage))))
+    results = collect_results(_stored_plan(storage, name), Storage(storage))
+    console.print(console_comparison(results))
+    print_failures(results, console)
 
 
 def main() -> None:

@@ -35,6 +35,9 @@ class BadInput(Exception):
         self.faults = list(dict.fromkeys(faults))
         super().__init__("\n".join(str(fault) for fault in self.faults))
 
+    def __reduce__(self) -> tuple[type[BadInput], tuple[list[Fault]]]:
+        return BadInput, (self.faults,)  # an exception is copied with its message otherwise, also between processes
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message that says something."""

@@ -22,6 +22,7 @@ PartT = TypeVar("PartT", bound=BaseModel)
 
 _PATH_KEYS = ("path", "fewshot")
 _LOCATION_KEYS = ("path", "bundled", "source")
+_EXAMPLE_KEYS = ("fewshot", "fewshot_bundled", "fewshot_items")
 
 
 @dataclass
@@ -124,10 +125,11 @@ def _absolute_paths(content: dict[str, Any], base: Path) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`; naming one place to read from replaces the other places."""
+    """`over` laid on `base`; naming one place to read from, or one place of examples, replaces the other places."""
     result = dict(base)
-    if any(over.get(name) is not None for name in _LOCATION_KEYS):
-        result = {name: value for name, value in result.items() if name not in _LOCATION_KEYS}
+    for alternatives in (_LOCATION_KEYS, _EXAMPLE_KEYS):
+        if any(over.get(name) for name in alternatives):
+            result = {name: value for name, value in result.items() if name not in alternatives}
     for key, value in over.items():
         old = result.get(key)
         result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) and key != "source" else value

@@ -11,8 +11,8 @@ from jmedlora.config.digest import digest, digest_rows
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.locate import bundled_file
 from jmedlora.config.parts import BenchmarkConfig, Filters
-from jmedlora.data.files import NotHereYet, add_fault, locate_source, read_rows
-from jmedlora.data.rows import LETTERS, Question
+from jmedlora.data.files import NotHereYet, add_fault, kind_of, locate_source, read_rows
+from jmedlora.data.rows import LETTERS, Question, is_unicode
 
 IGAKUQA_EXAMPLES = Path("scripts/prompts/prompt.jsonl")
 FIRST_EXAM_YEAR = 1906
@@ -35,8 +35,20 @@ def load_benchmark(config: BenchmarkConfig, sources: Path) -> Benchmark:
 
     Raises BadInput with a fault per bad row, NotHereYet for a named source that is missing.
     """
+    given = [name for name in ("fewshot", "fewshot_bundled", "fewshot_items") if getattr(config, name)]
+    if len(given) > 1:
+        raise BadInput(
+            [
+                Fault(
+                    f"benchmark {config.name}",
+                    given[-1],
+                    f"given together with {given[0]}",
+                    "one of fewshot, fewshot_bundled and fewshot_items",
+                )
+            ]
+        )
     named = sources / "benchmarks" / config.source.name if config.source else None
-    if named is not None and not named.exists():
+    if named is not None and not kind_of(named):
         raise NotHereYet(f"benchmark {config.name}: {named}")
     path = locate_source(config.path, config.bundled, named)
     faults: list[Fault] = []
@@ -62,6 +74,7 @@ def load_benchmark(config: BenchmarkConfig, sources: Path) -> Benchmark:
 def read_questions(path: Path, filters: Filters, faults: list[Fault]) -> list[Question]:
     """The questions at `path` (a file, or a folder in IgakuQA's layout) that pass the filters, in the files' order."""
     rows: list[tuple[str, Question]] = []
+    before = len(faults)
     seen: dict[str, str] = {}
     for file in question_files(path, filters.years, faults):
         start = len(faults)
@@ -81,19 +94,33 @@ def read_questions(path: Path, filters: Filters, faults: list[Fault]) -> list[Qu
             seen[question.problem_id] = where
             if _passes(question, filters):
                 rows.append((where, question))
+    if not seen and len(faults) == before:
+        faults.append(Fault(str(path), "", "no questions", "at least one question"))
+    # questions of other years stand in files that are not read
+    if len(faults) == before and (filters.years is None or kind_of(path) == "file"):
+        faults.extend(
+            Fault(str(path), "filters.exclude", f"no question {item}", "ids of questions that are here")
+            for item in filters.exclude
+            if item not in seen
+        )
     if filters.first is not None:
         rows = rows[: filters.first]
     for where, question in rows:
         if not question.gold:
             faults.append(Fault(where, "choices", "no choices to choose from", "questions with choices (set filters.choices)"))
+        elif not all(question.choices):
+            # the exam has a question whose choices are all in its picture
+            faults.append(
+                Fault(where, "choices", "a choice without text", "texts (leave the question out by filters.exclude or text_only)")
+            )
     return [question for _, question in rows]
 
 
 def question_files(path: Path, years: list[int] | None, faults: list[Fault]) -> list[Path]:
     """The question files of a folder: `data/<year>/*.jsonl` of a checkout, or the folder's own; without metadata and translations."""
-    if path.is_file():
+    if kind_of(path) == "file":
         return [path]
-    if not path.is_dir():
+    if kind_of(path) != "folder":
         faults.append(Fault(str(path), "", "does not exist", "a JSON Lines file, or a folder of them"))
         return []
     root = path / "data" if (path / "data").is_dir() else path
@@ -128,16 +155,24 @@ def parse_question(where: str, row: dict[str, Any], year: int | None, faults: li
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices) or len(choices) > len(LETTERS):
         faults.append(Fault(where, "choices", _found(row, "choices"), f"a list of at most {len(LETTERS)} texts"))
         choices = None
+    elif len(choices) == 1:
+        faults.append(Fault(where, "choices", "only one choice", f"2 to {len(LETTERS)} texts, or none"))
     if not isinstance(answer, list) or not answer or not all(isinstance(letter, str) for letter in answer):
         faults.append(Fault(where, "answer", _found(row, "answer"), "a list of letters"))
         answer = None
     if not isinstance(row.get("text_only", True), bool):
         faults.append(Fault(where, "text_only", _found(row, "text_only"), "true or false"))
+    for key, texts in (("problem_id", [problem_id]), ("problem_text", [text]), ("choices", choices or [])):
+        if not all(is_unicode(item) for item in texts if isinstance(item, str)):
+            faults.append(Fault(where, key, f"{row[key]!r:.60} is not valid Unicode text"))
     gold: list[tuple[int, ...]] = []
     if choices and answer:
         letters = LETTERS[: len(choices)]
         for alternative in _alternatives(answer):
             wrong = [letter for letter in alternative if len(letter) != 1 or letter not in letters]
+            if not alternative:
+                faults.append(Fault(where, "answer", f"{answer!r:.60} names no choice", f"letters of {letters[0]} to {letters[-1]}"))
+                break
             if wrong or len(set(alternative)) != len(alternative):
                 faults.append(
                     Fault(
@@ -205,4 +240,4 @@ def _examples(config: BenchmarkConfig, path: Path, questions: list[Question], fa
     if config.fewshot_bundled is not None:
         return read_questions(bundled_file(config.fewshot_bundled), Filters(), faults)
     own = path / IGAKUQA_EXAMPLES
-    return read_questions(own, Filters(), faults) if own.is_file() else []
+    return read_questions(own, Filters(), faults) if kind_of(own) == "file" else []

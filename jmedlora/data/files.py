@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jmedlora.config.faults import Fault
 from jmedlora.config.locate import bundled_file
@@ -27,6 +27,14 @@ def locate_source(path: str | None, bundled: str | None, named: Path | None) -> 
     return named
 
 
+def kind_of(path: Path) -> Literal["file", "folder", ""]:
+    """What stands at `path`; empty for nothing, also where nothing could be (a name that is too long)."""
+    try:
+        return "folder" if path.is_dir() else "file" if path.is_file() else ""
+    except OSError:
+        return ""
+
+
 def read_rows(path: Path, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (`file:line`, row) of a JSON Lines file, or (`file[position]`, row) of a JSON list; blank lines are skipped.
 
@@ -35,15 +43,16 @@ def read_rows(path: Path, faults: list[Fault]) -> Iterator[tuple[str, dict[str, 
     name = str(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         faults.append(Fault(name, "", f"cannot be read: {error}", "a UTF-8 file of JSON rows"))
         return
     start = len(faults)
     if text.lstrip().startswith("["):
         try:
             items: list[tuple[str, Any]] = [(f"{name}[{i}]", item) for i, item in enumerate(json.loads(text))]
-        except json.JSONDecodeError as error:
-            faults.append(Fault(f"{name}:{error.lineno}", "", f"not JSON: {error.msg}", "a JSON list of objects, or an object a line"))
+        except (ValueError, RecursionError) as error:
+            line_number = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            faults.append(Fault(f"{name}{line_number}", "", _not_json(error), "a JSON list of objects, or an object a line"))
             return
         for where, item in items:
             if isinstance(item, dict):
@@ -57,14 +66,18 @@ def read_rows(path: Path, faults: list[Fault]) -> Iterator[tuple[str, dict[str, 
         where = f"{name}:{number}"
         try:
             item = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            if not add_fault(faults, start, Fault(where, "", f"not JSON: {getattr(error, 'msg', error)}", "a JSON object a line")):
+        except (ValueError, RecursionError) as error:
+            if not add_fault(faults, start, Fault(where, "", _not_json(error), "a JSON object a line")):
                 return
             continue
         if isinstance(item, dict):
             yield where, item
         elif not add_fault(faults, start, Fault(where, "", "not an object", "a JSON object a line")):
             return
+
+
+def _not_json(error: Exception) -> str:
+    return f"not JSON: {error.msg if isinstance(error, json.JSONDecodeError) else error}"
 
 
 def add_fault(faults: list[Fault], start: int, fault: Fault) -> bool:

@@ -10,8 +10,8 @@ from jmedlora.config.digest import digest_rows
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.parts import DataConfig
 from jmedlora.data.benchmarks import read_questions
-from jmedlora.data.files import NotHereYet, add_fault, locate_source, read_rows
-from jmedlora.data.rows import Instruction
+from jmedlora.data.files import NotHereYet, add_fault, kind_of, locate_source, read_rows
+from jmedlora.data.rows import Instruction, is_unicode
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ def load_instructions(config: DataConfig, sources: Path) -> InstructionSet:
 
     Raises BadInput with a fault per bad row, NotHereYet for a named source that is missing.
     """
+    _refuse_question_filters(config)
     named = sources / "data" / config.source.name if config.source else None
-    if named is not None and not named.exists():
+    if named is not None and not kind_of(named):
         raise NotHereYet(f"data {config.name}: {named}")
     path = locate_source(config.path, config.bundled, named)
     faults: list[Fault] = []
@@ -45,8 +46,19 @@ def load_instructions(config: DataConfig, sources: Path) -> InstructionSet:
     return InstructionSet(rows, digest_rows(row.as_dict() for row in rows))
 
 
+def _refuse_question_filters(config: DataConfig) -> None:
+    if config.format == "questions":
+        return
+    given = [name for name, value in config.filters if name != "first" and value not in (None, [])]
+    if given:
+        allowed = "first, or format: questions for exam questions"
+        raise BadInput(
+            [Fault(f"data {config.name}", f"filters.{name}", "instruction rows have nothing to filter by", allowed) for name in given]
+        )
+
+
 def _read_instructions(path: Path, faults: list[Fault]) -> list[Instruction]:
-    if path.is_dir():
+    if kind_of(path) == "folder":
         faults.append(Fault(str(path), "", "is a folder", "a file of JSON rows (for a folder of exam questions: format: questions)"))
         return []
     rows: list[Instruction] = []
@@ -67,6 +79,10 @@ def _row_faults(where: str, row: dict[str, Any]) -> list[Fault]:
             found.append(Fault(where, key, "missing", "a text that is not empty"))
         elif not isinstance(row[key], str) or not row[key].strip():
             found.append(Fault(where, key, f"{row[key]!r:.60} is not allowed", "a text that is not empty"))
+        elif not is_unicode(row[key]):
+            found.append(Fault(where, key, f"{row[key]!r:.60} is not valid Unicode text"))
     if row.get("input") is not None and not isinstance(row["input"], str):
         found.append(Fault(where, "input", f"{row['input']!r:.60} is not allowed", "a text, or left out"))
+    elif row.get("input") and not is_unicode(row["input"]):
+        found.append(Fault(where, "input", f"{row['input']!r:.60} is not valid Unicode text"))
     return found

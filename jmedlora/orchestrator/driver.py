@@ -8,7 +8,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,14 @@ from rich.console import Console
 
 from jmedlora.config.faults import BadInput, Fault, first_line
 from jmedlora.config.sweep import SweepConfig
+from jmedlora.orchestrator.address import cluster_address, refused
 from jmedlora.orchestrator.environment import ON_HEAD
+from jmedlora.orchestrator.errors import is_told_by, last_line
 from jmedlora.orchestrator.evaluation_pool import EvaluationPool
 from jmedlora.orchestrator.ledger import Standing, all_jobs, driver_lock, run_status, standing
 from jmedlora.orchestrator.progress import ProgressDisplay
 from jmedlora.orchestrator.tracker_actor import TrackerActor
-from jmedlora.orchestrator.trials import SweepContext, last_line, run_trial
+from jmedlora.orchestrator.trials import SweepContext, run_trial
 from jmedlora.plan.estimates import concurrent_trials
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.naming import names_of
@@ -52,42 +54,55 @@ class Outcome:
 def run_sweep(config: SweepConfig, plan: Plan, address: str | None, console: Console) -> Outcome:
     """Trains and evaluates what storage does not hold yet, then writes the report.
 
-    `address`: a Ray cluster; None: RAY_ADDRESS, or a Ray of its own on this machine. Raises HeldByAnother.
+    `address`: a Ray cluster; None: RAY_ADDRESS, or a Ray of its own on this machine.
+    Raises HeldByAnother, and BadInput for an address or a cluster that cannot be used.
     """
     storage = Storage(config.storage_path)
-    if standing(plan, storage).is_complete and storage.sweep(plan.sweep).report.is_dir():
+    folder = storage.sweep(plan.sweep)
+    if standing(plan, storage).is_complete and folder.report.is_dir() and folder.plan_json.is_file():
         console.print(f"sweep {plan.sweep} is complete already: nothing to train, nothing to evaluate")
         return _outcome(plan, storage, [])
-    console.print(
-        f"sweep {plan.sweep}: {len(plan.runs)} runs over {len(plan.bases)} bases, into {storage.root}", soft_wrap=True, highlight=False
-    )
-    with _ray(config, address):
-        _check_cluster(config)
-        with driver_lock(storage.sweep(plan.sweep)):
-            write_plan(config, plan, storage)
-            driver = _Driver(config, plan, storage, console)
-            try:
-                return driver.run()
-            except KeyboardInterrupt:
-                driver.close_tracking("interrupted", None)
-                return Outcome(INTERRUPTED, standing(plan, storage), storage.sweep(plan.sweep).report, [])
+    with ExitStack() as stack:
+        # another driver is told before Ray takes its time to start; in a new storage nothing is written before the cluster is checked
+        begun = folder.ledger.is_dir()
+        if begun:
+            stack.enter_context(driver_lock(folder))
+        joined = cluster_address(address)
+        console.print(
+            f"sweep {plan.sweep}: {len(plan.runs)} runs over {len(plan.bases)} bases, into {storage.root}", soft_wrap=True, highlight=False
+        )
+        stack.enter_context(_ray(config, joined, address))
+        _check_cluster(config, joined)
+        if not begun:
+            stack.enter_context(driver_lock(folder))
+        write_plan(config, plan, storage)
+        driver = _Driver(config, plan, storage, console)
+        try:
+            return driver.run()
+        except KeyboardInterrupt:
+            driver.close_tracking("interrupted", None)
+            return Outcome(INTERRUPTED, standing(plan, storage), folder.report, [])
 
 
 @contextmanager
-def _ray(config: SweepConfig, address: str | None) -> Iterator[None]:
+def _ray(config: SweepConfig, address: str | None, given: str | None) -> Iterator[None]:
     """Joins or starts Ray, and leaves it; SIGTERM counts as an interruption. Inside a process that has joined already, nothing is done."""
     if ray.is_initialized():
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS")
     resources = config.resources
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interruption is ours to handle: Tune would go on to its own end
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # with verbose=0, this one is silent
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # their causes are told at the end, a line each
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     common = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "jmedlora"}
     try:
         if address:
-            ray.init(address=address, **common)
+            try:
+                ray.init(address=address, **common)
+            except (ValueError, ConnectionError) as error:
+                raise refused(given, address, first_line(error)) from None
         else:
             needed = resources.workers_per_trial * resources.cpus_per_worker + resources.evaluation.actors * resources.evaluation.cpus
             ray.init(address="local", include_dashboard=False, num_cpus=max(os.cpu_count() or 1, needed), **common)
@@ -97,7 +112,7 @@ def _ray(config: SweepConfig, address: str | None) -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _check_cluster(config: SweepConfig) -> None:
+def _check_cluster(config: SweepConfig, address: str | None) -> None:
     """What only the cluster itself can tell; raises BadInput before anything is written."""
     faults = []
     nodes = sum(node["Alive"] for node in ray.nodes())
@@ -112,7 +127,7 @@ def _check_cluster(config: SweepConfig) -> None:
         )
     gpus = int(ray.cluster_resources().get("GPU", 0))
     needed = config.resources.workers_per_trial * config.resources.gpus_per_worker
-    if nodes == 1 and needed > max(gpus, 0) and not os.environ.get("RAY_ADDRESS"):
+    if nodes == 1 and needed > gpus and not address:
         faults.append(
             Fault(
                 config.file,
@@ -183,7 +198,7 @@ class _Driver:
         problems += self._train(trials, lanes)
         self.training_is_over.set()
         thread.join()
-        return problems + errors + _told(pool, self.names)
+        return problems + errors + self._told(pool)
 
     def _serve(self, pool: EvaluationPool, errors: list[str]) -> None:
         try:
@@ -194,7 +209,19 @@ class _Driver:
 
     def _drain(self, pool: EvaluationPool) -> list[str]:
         pool.serve(more_to_come=lambda: False)
-        return _told(pool, self.names)
+        return self._told(pool)
+
+    def _told(self, pool: EvaluationPool) -> list[str]:
+        """A line per checkpoint and reason, without what a failed run tells anyway."""
+        by_cause: dict[tuple[str, int, str], list[str]] = {}
+        for (run_key, step, folder), why in pool.failures.items():
+            by_cause.setdefault((run_key, step, why), []).append(folder)
+        errors = list(standing(self.plan, self.storage).errors.values())
+        return [
+            f"evaluation of {self.names[run_key]} at step {step} ({', '.join(folders)}): {why}"
+            for (run_key, step, why), folders in by_cause.items()
+            if not is_told_by(why, errors)
+        ]
 
     def _train(self, trials: list[TrialSpec], lanes: int) -> list[str]:
         if not trials:
@@ -212,8 +239,13 @@ class _Driver:
         except (RuntimeError, RayError) as error:  # Tune itself could not go on; what is stored is kept
             log.debug("Tune stopped", exc_info=True)
             return [f"training stopped: {first_line(error)}"]
-        names = {trial.trial_id: ", ".join(self.names[run.run_key] for run in trial.runs) for trial in trials}
-        return [f"trial of {names[result.config['trial_id']]}: {last_line(result.error)}" for result in results if result.error]
+        runs = {trial.trial_id: trial.runs for trial in trials}
+        problems = []
+        for result in results:
+            own = runs[result.config["trial_id"]]
+            if result.error and not any(run_status(run, self.storage) == "failed" for run in own):  # which tell the same
+                problems.append(f"trial of {', '.join(self.names[run.run_key] for run in own)}: {last_line(result.error)}")
+        return problems
 
     def _concurrency(self) -> int:
         """Trials at once: by GPUs at the cluster's maximum; without GPUs, by the cores that evaluation leaves."""
@@ -230,10 +262,6 @@ class _Driver:
         trial = resources.workers_per_trial * resources.cpus_per_worker
         needed = trial + resources.evaluation.actors * resources.evaluation.cpus
         return resources.evaluation.cpus if ray.cluster_resources().get("CPU", 0) >= needed or resources.gpus_per_worker else 0
-
-
-def _told(pool: EvaluationPool, names: dict[str, str]) -> list[str]:
-    return [f"evaluation of {names[run_key]} at step {step} ({folder}): {why}" for (run_key, step, folder), why in pool.failures.items()]
 
 
 def _outcome(plan: Plan, storage: Storage, problems: list[str]) -> Outcome:

@@ -17,6 +17,7 @@ from jmedlora.config.faults import first_line
 from jmedlora.config.parts import ResourcesConfig
 from jmedlora.evaluation.reuse import adopt_evaluation
 from jmedlora.orchestrator.environment import worker_environment
+from jmedlora.orchestrator.errors import refusals, told
 from jmedlora.orchestrator.ledger import Job, is_done, is_ready
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.records import Record
@@ -51,13 +52,14 @@ class EvaluationActor:
         self._tracker.evaluation_started.remote(self._name, what)
         metrics: Record | None = None
         try:
-            if self._evaluator is None or self._resident != base.run_key:
-                self._evaluator = None  # the old model's memory is freed before the new one is loaded
-                self._evaluator = Evaluator(
-                    base.model, base.precision, base.compute_precision, base.double_quantisation, self._sources, self._offline
-                )
-                self._resident = base.run_key
-            metrics = self._evaluator.evaluate(run_key, step, evaluation, self._storage)
+            with refusals():
+                if self._evaluator is None or self._resident != base.run_key:
+                    self._evaluator = None  # the old model's memory is freed before the new one is loaded
+                    self._evaluator = Evaluator(
+                        base.model, base.precision, base.compute_precision, base.double_quantisation, self._sources, self._offline
+                    )
+                    self._resident = base.run_key
+                metrics = self._evaluator.evaluate(run_key, step, evaluation, self._storage)
             return metrics
         finally:
             self._tracker.evaluation_ended.remote(self._name, metrics)
@@ -176,7 +178,7 @@ class EvaluationPool:
                     self._computed[self._content(job)] = (job.run_key, job.step)
             except RayTaskError as error:
                 if is_ready(job, self.storage):  # else its run has started over, and the checkpoint will come again
-                    self._fail(key, f"{type(error.cause).__name__}: {error.cause}")
+                    self._fail(key, told(error.cause))
             except RayError as death:  # killed, out of memory, or its node is gone
                 self._end(slot)
                 self._attempts[key] = self._attempts.get(key, 0) + 1

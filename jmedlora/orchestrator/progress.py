@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jmedlora.config.clock import now
-from jmedlora.orchestrator.ledger import Job, is_done
+from jmedlora.orchestrator.ledger import Job, is_done, run_status
 from jmedlora.plan.estimates import TRIAL_START_S
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import Plan
@@ -41,6 +41,7 @@ class ProgressDisplay:
         self._plan, self._storage, self._tracker, self._names = plan, storage, tracker, names
         self._undone = [job for job in jobs if not is_done(job, storage)]
         self._total = len(jobs)
+        self._trained = {run.run_key for run in plan.runs if run_status(run, storage) == "finished"}
         self._lanes, self._actors = max(1, lanes), max(1, actors)
         self._started = now()
         self._stop = threading.Event()
@@ -59,7 +60,7 @@ class ProgressDisplay:
             with Live(console=self._console, refresh_per_second=4, transient=True) as live:
                 self._each(REFRESH_S, lambda state: live.update(self._panel(state)))
         else:
-            self._each(LINE_EVERY_S, lambda state: self._console.print(self._line(state), highlight=False, soft_wrap=True))
+            self._each(LINE_EVERY_S, lambda state: self._console.print(self.line(state), highlight=False, soft_wrap=True))
 
     def _each(self, every_s: float, show: Callable[[dict[str, Any]], None]) -> None:
         while not self._stop.wait(every_s):
@@ -68,6 +69,7 @@ class ProgressDisplay:
             except ray.exceptions.RayError as error:
                 self._console.print(f"progress is not known: {type(error).__name__}")
                 continue
+            self._trained |= {key for key, run in state["runs"].items() if run.get("status") == "finished"}
             self._undone = [job for job in self._undone if not is_done(job, self._storage)]
             show(state)
 
@@ -80,18 +82,28 @@ class ProgressDisplay:
         for key, run in self._running(state):
             table.add_row(self._names.get(key, key), *self._cells(run))
         evaluating = [Text(f"evaluating  {what}", style="cyan") for what in state["evaluating"]]
-        return Group(table, *evaluating, Text(self._totals(state), style="bold"))
+        starting = [Text(text, style="dim") for text in self._starting(state)]
+        return Group(table, *starting, *evaluating, Text(self._totals(state), style="bold"))
 
-    def _line(self, state: dict[str, Any]) -> str:
+    def line(self, state: dict[str, Any]) -> str:
+        """What is going on, from what the tracker's `progress` tells."""
         parts = []
         for key, run in self._running(state):
             epoch, step, loss, speed = self._cells(run)
             parts.append(f"{self._names.get(key, key)}: epoch {epoch}, step {step}, loss {loss}, {speed} tokens/s")
-        parts += [f"evaluating {what}" for what in state["evaluating"]]
+        parts += self._starting(state) + [f"evaluating {what}" for what in state["evaluating"]]
         return f"[{_duration(now() - self._started)}] " + "; ".join([*parts, self._totals(state)])
 
     def _running(self, state: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         return [(key, run) for key, run in state["runs"].items() if run.get("status") == "running"]
+
+    def _starting(self, state: dict[str, Any]) -> list[str]:
+        """Runs whose workers are not there yet; before the first of them is known, that workers are being started at all."""
+        names = [self._names.get(key, key) for key, run in state["runs"].items() if run.get("status") == "starting"]
+        if names:
+            return [f"starting {', '.join(names)}"]
+        is_idle = not self._running(state) and not state["evaluating"]
+        return ["starting workers"] if is_idle and (self._undone or len(self._trained) < len(self._plan.runs)) else []
 
     def _cells(self, run: dict[str, Any]) -> tuple[str, str, str, str]:
         if "loss" not in run:
@@ -100,10 +112,9 @@ class ProgressDisplay:
 
     def _totals(self, state: dict[str, Any]) -> str:
         done = self._total - len(self._undone)
-        finished = sum(run.get("status") == "finished" for run in state["runs"].values())
         left = self._seconds_left(state)
         queued = len(self._undone) - len(state["evaluating"])
-        text = f"runs {finished}/{len(self._plan.runs)} trained, evaluations {done}/{self._total} done, {max(0, queued)} to come"
+        text = f"runs {len(self._trained)}/{len(self._plan.runs)} trained, evaluations {done}/{self._total} done, {max(0, queued)} to come"
         return text + (f", about {_duration(left)} left" if left is not None else "")
 
     def _seconds_left(self, state: dict[str, Any]) -> float | None:
@@ -113,11 +124,9 @@ class ProgressDisplay:
         if not steps:
             return None
         per_step = sum(run.get("training_s", 0.0) for run in runs.values()) / steps
-        to_train = {
-            run.run_key: run.total_steps for run in self._plan.runs if runs.get(run.run_key, {}).get("status") not in ("finished", "failed")
-        }
-        known = {key for key, run in runs.items() if run.get("status") in ("finished", "failed")}
-        remaining = sum(max(0, total - runs.get(key, {}).get("step", 0)) for key, total in to_train.items() if key not in known)
+        over = self._trained | {key for key, run in runs.items() if run.get("status") == "failed"}
+        to_train = {run.run_key: run.total_steps for run in self._plan.runs if run.run_key not in over}
+        remaining = sum(max(0, total - runs.get(key, {}).get("step", 0)) for key, total in to_train.items())
         waiting = sum(key not in runs for key in to_train)
         training = (remaining * per_step + waiting * TRIAL_START_S) / self._lanes
         evaluation = len(self._undone) * (state["evaluation_s"] or 0.0) / self._actors

@@ -46,7 +46,10 @@ class TrackerActor:
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
 
-    # -- from training workers
+    # -- from trials and their training workers
+
+    def run_starting(self, run_key: str) -> None:
+        self._runs[run_key] = {"status": "starting"}
 
     def run_started(self, run_key: str, total_steps: int) -> None:
         self._runs[run_key] = {"status": "running", "step": 0, "total_steps": total_steps}

@@ -17,6 +17,7 @@ from jmedlora.config.clock import now
 from jmedlora.config.parts import ResourcesConfig
 from jmedlora.data.atomic import write_json
 from jmedlora.orchestrator.environment import worker_environment
+from jmedlora.orchestrator.errors import last_line, refusals
 from jmedlora.orchestrator.evaluation_pool import EvaluationPool
 from jmedlora.orchestrator.ledger import all_jobs, run_status
 from jmedlora.plan.layout import Storage
@@ -71,6 +72,9 @@ def run_trial(config: dict[str, Any], context: SweepContext) -> None:
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(WAIT_FOR_PLACE_S)
     trial = next(trial for trial in context.plan.trials if trial.trial_id == config["trial_id"])
     resources = context.resources
+    begun = next((run.run_key for run in trial.runs if run_status(run, context.storage) != "finished"), None)
+    if begun is not None:
+        context.tracker.run_starting.remote(begun)
     per_worker: dict[str, float] = {"CPU": trial.cpus_per_worker}
     if trial.gpus_per_worker:
         per_worker["GPU"] = trial.gpus_per_worker
@@ -100,9 +104,7 @@ def run_trial(config: dict[str, Any], context: SweepContext) -> None:
         raise
     if context.takes_turns:
         pool = context.pool({run.run_key for run in trial.runs}, trial.cpus_per_worker, trial.gpus_per_worker, actors=1)
-        pool.serve(more_to_come=lambda: False)
-        if pool.failures:
-            raise RuntimeError("; ".join(f"{key[2]} at step {key[1]}: {why}" for key, why in pool.failures.items()))
+        pool.serve(more_to_come=lambda: False)  # what fails here is tried again, and told, at the end of the sweep
 
 
 def _record_failure(trial: TrialSpec, context: SweepContext, error: Exception) -> None:
@@ -115,12 +117,6 @@ def _record_failure(trial: TrialSpec, context: SweepContext, error: Exception) -
             ray.get(context.tracker.run_ended.remote(run.run_key, "failed", told))
 
 
-def last_line(error: BaseException | None) -> str:
-    """What an error says in its last line: the cause, where a traceback stands before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
 def train_worker(config: dict[str, Any]) -> None:
     """One worker of the group; Ray Train has set up torch.distributed."""
     import torch
@@ -131,7 +127,8 @@ def train_worker(config: dict[str, Any]) -> None:
     trial: TrialSpec = config["trial"]
     if not trial.gpus_per_worker:
         torch.set_num_threads(trial.cpus_per_worker)
-    outcomes = train_trial(trial, config["storage"], config["sources"], config["offline"], TrackerListener(config["tracker"]))
+    with refusals():
+        outcomes = train_trial(trial, config["storage"], config["sources"], config["offline"], TrackerListener(config["tracker"]))
     train.report({"finished": sum(outcome.status == "finished" for outcome in outcomes), "runs": len(outcomes)})
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from pathlib import Path
 
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.locate import is_remote
@@ -10,8 +12,13 @@ from jmedlora.config.parts import Architecture, PromptConfig
 from jmedlora.config.run import RunSettings
 from jmedlora.config.sweep import SweepConfig
 from jmedlora.data.prompts import render_prompt
-from jmedlora.data.rows import Instruction
+from jmedlora.data.rows import Instruction, is_unicode
 from jmedlora.plan.shapes import linear_layers
+
+MAX_NAME_BYTES = 255
+"""Longest name of a file or folder on the usual file systems."""
+MAX_STEPS = 10**12
+"""Optimizer steps of a run: above this, durations are typing mistakes."""
 
 
 def check_storage(config: SweepConfig, faults: list[Fault]) -> None:
@@ -20,14 +27,40 @@ def check_storage(config: SweepConfig, faults: list[Fault]) -> None:
         faults.append(
             Fault(config.file, "storage", f"{config.storage} is not a local folder", "a path on this machine or on a shared file system")
         )
-    elif config.storage_path.exists() and not config.storage_path.is_dir():
-        faults.append(Fault(config.file, "storage", f"{config.storage} is a file", "a folder"))
-    elif not os.access(next(p for p in [config.storage_path, *config.storage_path.parents] if p.exists()), os.W_OK):
-        faults.append(Fault(config.file, "storage", f"{config.storage} cannot be written", "a folder that you may write to"))
+    elif problem := _storage_problem(config.storage_path):
+        faults.append(Fault(config.file, "storage", f"{str(config.storage_path)!r:.80} {problem}", "a folder that you may write to"))
+
+
+def _storage_problem(path: Path) -> str:
+    """Why no folder can be made or written at `path`; nothing is tried."""
+    try:
+        if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in path.parts):
+            return f"has a name of more than {MAX_NAME_BYTES} bytes"
+        nearest = next(folder for folder in [path, *path.parents] if _exists(folder))
+        if not nearest.is_dir():
+            return "is a file" if nearest == path else f"cannot be made below the file {nearest}"
+        # the administrator may write everywhere as far as `access` knows, but not make folders among the kernel's own files
+        kernels = {mount.stat().st_dev for mount in (Path("/proc"), Path("/sys")) if mount.is_mount()}
+        if nearest.stat().st_dev in kernels or not os.access(nearest, os.W_OK | os.X_OK):
+            return "cannot be written"
+    except (OSError, ValueError) as error:
+        return f"cannot be a folder: {error.strerror if isinstance(error, OSError) else error}"
+    return ""
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def check_prompt(prompt: PromptConfig, faults: list[Fault]) -> None:
     """The template must read, must show the question, and must not show the answer of the asked row."""
+    if not is_unicode(prompt.template):
+        faults.append(Fault(f"prompt {prompt.name}", "template", "not valid Unicode text"))
+        return
     row = Instruction("instruction-mark", "input-mark", "output-mark")
     example = Instruction("example-instruction", "example-input", "example-output")
     try:
@@ -48,17 +81,44 @@ def check_prompt(prompt: PromptConfig, faults: list[Fault]) -> None:
             )
 
 
-def check_run(run: RunSettings, config: SweepConfig, shape: Architecture | None, faults: list[Fault]) -> None:
-    """Combinations that would fail late: sharding, batch geometry, LoRA targets, lengths."""
-    where = config.file
+def check_run(run: RunSettings, config: SweepConfig, shape: Architecture | None, rows: int | None, faults: list[Fault]) -> None:
+    """Combinations that would fail late: sharding, batch geometry, duration, LoRA targets, lengths.
+
+    `shape` and `rows` are None where a fault in the model or the data has been told already.
+    """
     workers = config.resources.workers_per_trial
-    model = config.models[run.model]
     if run.batch_size < workers:
-        faults.append(Fault(where, "training.batch_size", f"{run.batch_size} rows for {workers} workers", f"at least {workers}"))
-    if shape is None:
-        return
+        faults.append(Fault(config.file, "training.batch_size", f"{run.batch_size} rows for {workers} workers", f"at least {workers}"))
+    if rows is not None:
+        _check_rows(run, config, rows, faults)
+    if shape is not None:
+        _check_shape(run, config, shape, faults)
+
+
+def step_counts(settings: RunSettings, rows: int) -> tuple[int, int]:
+    """Optimizer steps of one pass over the data, and of the whole run; never more than just above MAX_STEPS."""
+    per_epoch = -(-rows // settings.batch_size)
+    total = settings.max_steps if settings.max_steps is not None else min(per_epoch * (settings.epochs or 0), MAX_STEPS + 1)
+    return per_epoch, min(math.ceil(total), MAX_STEPS + 1)
+
+
+def _check_rows(run: RunSettings, config: SweepConfig, rows: int, faults: list[Fault]) -> None:
+    where = config.file
+    _, total = step_counts(run, rows)
+    if total > MAX_STEPS:
+        key = "epochs" if run.max_steps is None else "max_steps"
+        faults.append(Fault(where, f"training.{key}", f"a run of more than {MAX_STEPS:.0e} steps", "fewer steps"))
+    elif run.warmup_steps > total:
+        told = f"{run.warmup_steps} is more than the {total} steps of a run"
+        faults.append(Fault(where, "training.warmup_steps", told, f"at most {total}"))
+
+
+def _check_shape(run: RunSettings, config: SweepConfig, shape: Architecture, faults: list[Fault]) -> None:
+    where = config.file
     if isinstance(run.targets, tuple):
-        names = [layer.name for layer in linear_layers(model.family, shape)]
+        names = [layer.name for layer in linear_layers(config.models[run.model].family, shape)]
+        if not run.targets:
+            faults.append(Fault(where, "training.targets", "no targets", f"at least one of {', '.join(names)}"))
         faults.extend(
             Fault(where, "training.targets", f"{target!r} is not a linear layer of {run.model}", ", ".join(names))
             for target in run.targets
@@ -67,6 +127,11 @@ def check_run(run: RunSettings, config: SweepConfig, shape: Architecture | None,
     widest = min(shape.hidden_size, shape.intermediate_size)
     if run.rank > widest:
         faults.append(Fault(where, "grid.rank", f"{run.rank} is greater than the layers of {run.model} are wide", f"at most {widest}"))
+    elif not 0 < run.alpha_value < math.inf:
+        faults.append(Fault(where, "training.alpha", f"{run.alpha!r:.60} is not allowed", "a number greater than 0, or such as 2r"))
+    if config.evaluate.max_new_tokens >= shape.max_positions:
+        told = f"{config.evaluate.max_new_tokens} leaves no room for a prompt in the {shape.max_positions} positions of {run.model}"
+        faults.append(Fault(where, "evaluate.max_new_tokens", told, f"less than {shape.max_positions}"))
     if run.max_input_tokens + run.max_target_tokens > shape.max_positions:
         faults.append(
             Fault(

@@ -83,7 +83,7 @@ def _run_name(run: RunSpec, varied: list[str]) -> str:
             words += [_VARIED[key]] if flag else []
         else:
             words.append(_VARIED[key] + _told(run, key))
-    return " ".join(words)
+    return " ".join(filter(None, words))
 
 
 def _base_name(base: BaseSpec, several: bool) -> str:

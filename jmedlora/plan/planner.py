@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,7 @@ from jmedlora.data.files import NotHereYet
 from jmedlora.data.instructions import load_instructions
 from jmedlora.data.prompts import render_prompt
 from jmedlora.data.rows import Instruction
-from jmedlora.plan.checks import check_prompt, check_run, check_storage
+from jmedlora.plan.checks import check_prompt, check_run, check_storage, step_counts
 from jmedlora.plan.expand import expand_runs
 from jmedlora.plan.identity import base_key, evaluation_key, model_identity, run_key, trajectory_key
 from jmedlora.plan.shapes import architecture_of, model_parameters
@@ -74,6 +73,10 @@ class _Data:
     size: int
     is_here: bool
 
+    @property
+    def known_rows(self) -> int | None:
+        return len(self.rows) or self.config.declared_rows
+
 
 @dataclass
 class _Planner:
@@ -85,21 +88,24 @@ class _Planner:
     def plan(self) -> Plan:
         config = self.config
         check_storage(config, self.faults)
+        before = len(self.faults)
         for prompt in config.prompts.values():
             check_prompt(prompt, self.faults)
+        evaluations = self._evaluations() if len(self.faults) == before else []
         models = {name: self._model(model) for name, model in config.models.items()}
         data = {name: self._data(part) for name, part in config.data.items()}
-        evaluations = self._evaluations()
         settings = expand_runs(config, self.faults)
         for run in settings:
-            check_run(run, config, models[run.model].architecture, self.faults)
+            check_run(run, config, models[run.model].architecture, data[run.data].known_rows, self.faults)
             self._check_checkpoints(run, data[run.data])
         if self.faults:
-            raise BadInput(self.faults)
+            raise BadInput(config.located(self.faults))
         # settings that spell the same adapter (`alpha: 8` and `2r` at rank 4) are one run
-        runs = list(
-            {run.run_key: run for run in reversed([self._run(run, models[run.model], data[run.data]) for run in settings])}.values()
-        )[::-1]
+        by_key: dict[str, RunSpec] = {}
+        for each in settings:
+            spec = self._run(each, models[each.model], data[each.data])
+            by_key.setdefault(spec.run_key, spec)
+        runs = list(by_key.values())
         return Plan(
             sweep=config.name,
             bases=self._bases(runs, models),
@@ -108,6 +114,7 @@ class _Planner:
             trials=[self._trial([run]) for run in runs],
             default_prompt=config.evaluation_prompts[0],
             missing=self.missing,
+            notes=_notes_on_repeats(len(settings), len(runs)),
             note=config.note,
         )
 
@@ -261,10 +268,13 @@ def _prompt_characters(benchmark: Benchmark | None, prompt: PromptConfig, shots:
     return sum(lengths) / len(lengths)
 
 
-def step_counts(settings: RunSettings, rows: int) -> tuple[int, int]:
-    """Optimizer steps of one pass over the data, and of the whole run."""
-    per_epoch = math.ceil(rows / settings.batch_size)
-    return per_epoch, settings.max_steps if settings.max_steps is not None else math.ceil(per_epoch * (settings.epochs or 0))
+def _notes_on_repeats(combinations: int, runs: int) -> list[str]:
+    repeats = combinations - runs
+    if not repeats:
+        return []
+    verb = "is" if repeats == 1 else "are"
+    unchanged = "names, spelling, deepspeed, micro_batch_size and gradient_checkpointing do not change it"
+    return [f"{repeats} of {combinations} combinations {verb} the same adapter as another ({unchanged})"]
 
 
 def checkpoint_steps(every: str | int, steps_per_epoch: int, total_steps: int) -> list[int]:

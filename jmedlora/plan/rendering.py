@@ -31,7 +31,7 @@ def estimates_of(plan: Plan, config: SweepConfig) -> tuple[list[TrialEstimate], 
 
 
 def plan_as_json(plan: Plan, config: SweepConfig) -> dict[str, Any]:
-    """`runs` (each with its keys, settings and model_parameters), `bases`, `evaluations`, `trials`, `totals`, `missing`."""
+    """`runs` (each with its keys, settings and model_parameters), `bases`, `evaluations`, `trials`, `totals`, `missing`, `notes`."""
     trials, totals = estimates_of(plan, config)
     return {
         "sweep": plan.sweep,
@@ -68,6 +68,7 @@ def plan_as_json(plan: Plan, config: SweepConfig) -> dict[str, Any]:
         ],
         "totals": asdict(totals),
         "missing": plan.missing,
+        "notes": plan.notes,
     }
 
 
@@ -101,12 +102,12 @@ def print_plan(plan: Plan, config: SweepConfig, console: Console) -> None:
 
 def _print_totals(plan: Plan, totals: Totals, trials: list[TrialEstimate], config: SweepConfig, console: Console) -> None:
     bases = ", ".join(f"{base.model.name} {base.precision} ({base.model_parameters / 1e9:.3g} B parameters)" for base in plan.bases)
-    console.print(f"\n{totals.runs} runs in {totals.trials} trials over {totals.bases} bases: {bases}", highlight=False)
-    console.print(
-        f"{totals.evaluations} evaluations ({totals.questions} answers); checkpoints take {_size(totals.disk_bytes)} on disk",
-        highlight=False,
-    )
-    machines = f"{totals.concurrent_trials} trials at once" if totals.concurrent_trials else "trials at once: as many as the cores allow"
+    counts = f"{_counted(totals.runs, 'run')} in {_counted(totals.trials, 'trial')} over {_counted(totals.bases, 'base')}"
+    console.print(f"\n{counts}: {bases}", highlight=False)
+    answers = f"{_counted(totals.evaluations, 'evaluation')} ({_counted(totals.questions, 'answer')})"
+    console.print(f"{answers}; checkpoints take {_size(totals.disk_bytes)} on disk", highlight=False)
+    at_once = totals.concurrent_trials
+    machines = f"{_counted(at_once, 'trial')} at once" if at_once else "trials at once: as many as the cores allow"
     console.print(
         f"estimated from shapes and assumed speeds: training {_time(totals.training_hours * 3600)}, "
         f"evaluation {_time(totals.evaluation_hours * 3600)}, all in all {_time(totals.makespan_hours * 3600)} ({machines})",
@@ -119,6 +120,8 @@ def _print_totals(plan: Plan, totals: Totals, trials: list[TrialEstimate], confi
         console.print(f"[red]red[/]: more than the {config.resources.gpu_memory_gb:g} GB of a GPU (resources.gpu_memory_gb)")
     for line in plan.missing:
         console.print(f"[yellow]not here yet[/]: {line}", highlight=False, soft_wrap=True)
+    for line in plan.notes:
+        console.print(line, highlight=False, soft_wrap=True)
     if plan.missing:
         console.print("run keys with a question mark may change once everything is here")
 
@@ -147,6 +150,10 @@ def _shape(config: SweepConfig, name: str) -> Architecture:
     shape = architecture_of(model, locate_weights(model, Path(config.sources), config.offline).folder, faults)
     assert shape is not None, faults
     return shape
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _time(seconds: float) -> str:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import ValidationError
+
 from jmedlora.config.faults import Fault
 from jmedlora.config.parts import Architecture, Family, ModelConfig
 
@@ -75,9 +77,9 @@ def lora_parameters(family: Family, shape: Architecture, rank: int, targets: str
 
 
 def architecture_of(model: ModelConfig, folder: Path | None, faults: list[Fault]) -> Architecture | None:
-    """The architecture given in the configuration, else read from the folder's config.json; None with a fault when neither is there."""
+    """The architecture given in the configuration, else read from the folder's config.json; None with a fault when neither is sound."""
     if model.architecture is not None:
-        return model.architecture
+        return _divisible(model.architecture, f"model {model.name}", "architecture.heads", "architecture.kv_heads", faults)
     if folder is not None and (folder / "config.json").is_file():
         return _from_config_json(folder / "config.json", model.family, faults)
     faults.append(Fault(f"model {model.name}", "architecture", "missing", "the shape facts, or a local folder with a config.json"))
@@ -87,25 +89,50 @@ def architecture_of(model: ModelConfig, folder: Path | None, faults: list[Fault]
 def _from_config_json(path: Path, family: Family, faults: list[Fault]) -> Architecture | None:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         faults.append(Fault(str(path), "", f"cannot be read: {error}", "a transformers config.json"))
+        return None
+    if not isinstance(facts, dict):
+        faults.append(Fault(str(path), "", "not an object", "a transformers config.json"))
         return None
     if facts.get("model_type") != family:
         faults.append(
             Fault(str(path), "model_type", f"{facts.get('model_type')!r} is not {family!r}", "llama or gpt_neox, as in the model's family")
         )
         return None
+    values = {name: facts[key] for name, key in _CONFIG_KEYS.items() if facts.get(key) is not None}
+    values.setdefault("kv_heads", values.get("heads"))
     try:
-        return Architecture(
-            layers=facts["num_hidden_layers"],
-            hidden_size=facts["hidden_size"],
-            intermediate_size=facts["intermediate_size"],
-            heads=facts["num_attention_heads"],
-            kv_heads=facts.get("num_key_value_heads") or facts["num_attention_heads"],
-            vocabulary=facts["vocab_size"],
-            tied_embeddings=facts.get("tie_word_embeddings", False),
-            max_positions=facts.get("max_position_embeddings", 2048),
-        )
-    except KeyError as missing:
-        faults.append(Fault(str(path), str(missing.args[0]), "missing", "a transformers config.json"))
+        shape = Architecture.model_validate(values)
+    except ValidationError as error:
+        # one line per fact; without its own number of key-value heads a config has as many as heads
+        for detail in error.errors(include_url=False):
+            name = str(detail["loc"][0])
+            if name == "kv_heads" and facts.get(_CONFIG_KEYS[name]) is None:
+                continue
+            problem = "missing" if detail["type"] == "missing" else f"{detail['input']!r:.60} is not allowed"
+            faults.append(Fault(str(path), _CONFIG_KEYS[name], problem, "a transformers config.json"))
         return None
+    return _divisible(shape, str(path), _CONFIG_KEYS["heads"], _CONFIG_KEYS["kv_heads"], faults)
+
+
+_CONFIG_KEYS = {
+    "layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "vocabulary": "vocab_size",
+    "tied_embeddings": "tie_word_embeddings",
+    "max_positions": "max_position_embeddings",
+}
+
+
+def _divisible(shape: Architecture, where: str, heads: str, kv_heads: str, faults: list[Fault]) -> Architecture | None:
+    found = []
+    if shape.hidden_size % shape.heads:
+        found.append(Fault(where, heads, f"{shape.heads} heads do not divide hidden_size {shape.hidden_size}", "a divisor of it"))
+    if shape.heads % shape.kv_heads:
+        found.append(Fault(where, kv_heads, f"{shape.kv_heads} do not divide {shape.heads} heads", "a divisor of them"))
+    faults.extend(found)
+    return None if found else shape

@@ -98,5 +98,7 @@ class Plan(Part):
     """Prompt whose metrics are named without the prompt in MLflow."""
     missing: list[str] = []
     """Sources that are not here yet, a line each."""
+    notes: list[str] = []
+    """What the reader of a plan should know about it, a line each."""
     note: str = ""
     """The sweep file's own note, shown in the report."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jmedlora.config.faults import Fault
 from jmedlora.config.parts import GgufSource, HubSource, ModelConfig, NamedSource, PathSource
+from jmedlora.data.files import kind_of
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -36,15 +37,12 @@ def locate_weights(model: ModelConfig, sources: Path, offline: bool) -> WeightsF
         case HubSource() as source:
             return _in_hub_cache(model.name, source)
         case PathSource(path=path):
-            folder = Path(path)
-            if not (folder / "config.json").is_file():
-                return WeightsFolder(
-                    fault=Fault(f"model {model.name}", "source.path", f"{path} has no config.json", "a folder in Hugging Face format")
-                )
-            return WeightsFolder(folder)
+            return _in_folder(model.name, "source.path", Path(path))
         case NamedSource(name=name):
             folder = sources / "models" / name
-            return WeightsFolder(folder) if folder.is_dir() else WeightsFolder(missing=f"model {model.name}: {folder}")
+            if kind_of(folder) != "folder":
+                return WeightsFolder(missing=f"model {model.name}: {folder}")
+            return _in_folder(model.name, "source.name", folder)
         case GgufSource() as source:
             return _gguf(model.name, source)
         case _:
@@ -63,8 +61,26 @@ def gguf_file(source: GgufSource) -> Path | None:
     return path if path.is_file() else None
 
 
+def _in_folder(name: str, key: str, folder: Path) -> WeightsFolder:
+    problem = ""
+    if not kind_of(folder / "config.json"):
+        problem = f"{folder} has no config.json"
+    elif not any(folder.glob("*.safetensors")):
+        problem = f"{folder} holds no safetensors weights"
+    if problem:
+        return WeightsFolder(fault=Fault(f"model {name}", key, problem, "a folder in Hugging Face format"))
+    return WeightsFolder(folder)
+
+
 def _gguf(name: str, source: GgufSource) -> WeightsFolder:
     if (file := gguf_file(source)) is not None:
+        try:
+            with file.open("rb") as content:
+                is_gguf = content.read(4) == b"GGUF"
+        except OSError as error:
+            return WeightsFolder(fault=Fault(f"model {name}", "source.file", f"cannot be read: {error}", "a GGUF file"))
+        if not is_gguf:
+            return WeightsFolder(fault=Fault(f"model {name}", "source.file", f"{file} is not a GGUF file", "a file that begins with GGUF"))
         told = f"package {importlib.metadata.version(source.package)}" if source.package else f"{file.stat().st_size} bytes"
         return WeightsFolder(revision=told)
     if source.package is not None:

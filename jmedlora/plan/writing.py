@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import yaml
+from pydantic import ValidationError
 
 from jmedlora.config.sweep import SweepConfig
 from jmedlora.data.atomic import write_text
 from jmedlora.plan.layout import Storage
+from jmedlora.plan.records import damaged
 from jmedlora.plan.specs import Plan
 
 
@@ -18,6 +20,13 @@ def write_plan(config: SweepConfig, plan: Plan, storage: Storage) -> None:
 
 
 def read_plan(storage: Storage, sweep: str) -> Plan | None:
-    """The plan of the last start, or None."""
+    """The plan of the last start, or None; raises BadInput where the file is damaged."""
     path = storage.sweep(sweep).plan_json
-    return Plan.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return Plan.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        detail = error.errors()[0]
+        reason = ".".join(map(str, detail["loc"])) + f" {detail['msg']}"
+        raise damaged(str(path), reason.strip(), "delete it: `jmedlora sweep` writes it again") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -18,15 +18,20 @@ _HEADS: dict[Metric, str] = {"accuracy": "Acc", "exact_match": "EM", "gestalt_sc
 
 
 def console_comparison(results: Results) -> Group:
-    """Tables per benchmark and prompt: each run at its last evaluated step; best of a column bold, failures below."""
-    parts: list[Table | Text] = []
+    """Tables per benchmark and prompt: each run at its last evaluated step; best of a column bold."""
+    parts = []
     for comparison in compare_runs(results):
         for first in range(0, len(comparison.shots), _SHOTS_PER_TABLE):
             parts.append(_table(comparison, comparison.shots[first : first + _SHOTS_PER_TABLE]))
+    return Group(*parts)
+
+
+def print_failures(results: Results, console: Console) -> None:
+    """A line per failed run, uncut."""
     for result in results.tuned:
         if result.status == "failed":
-            parts.append(Text(f"failed: {result.name} ({result.run_key}): {result.error or 'no reason stored'}", style="red"))
-    return Group(*parts)
+            reason = " ".join((result.error or "no reason stored").split())
+            console.print(Text(f"failed: {result.name} ({result.run_key}): {reason}", style="red"), soft_wrap=True)
 
 
 def _table(comparison: Comparison, shots: list[int]) -> Table:

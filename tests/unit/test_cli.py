@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from jmedlora.config.faults import BadInput
+from jmedlora.orchestrator.address import cluster_address
+from jmedlora.orchestrator.doctor import examine
 
 HEAVY = ("torch", "ray", "transformers", "mlflow", "deepspeed")
 
@@ -95,3 +101,49 @@ def test_doctor_tells_versions_and_methods(tmp_path: Path) -> None:
     assert findings["machine"]["cores"] >= 1
     assert findings["versions"]["torch"]
     assert findings["methods"]["qlora"]["ok"] is True
+
+
+@pytest.mark.parametrize("command", ["report", "ui"])
+def test_what_is_shown_from_storage_takes_no_other_settings(tmp_path: Path, command: str) -> None:
+    done = jmedlora(command, "smoke", "grid.rank=[4]", "shots=[0]", "storage=here", cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert [line.split(": ")[2] for line in lines] == ["grid.rank=[4]", "shots=[0]"]
+    assert all(line.endswith("allowed: storage=FOLDER alone") for line in lines)
+
+
+def test_a_damaged_storage_is_told_by_file(tmp_path: Path) -> None:
+    path = tmp_path / "results/sweeps/smoke/plan.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"sweep": "smo')
+    done = jmedlora("report", "smoke", cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stderr.startswith(f"jmedlora: {path}: damaged: ")
+
+
+@pytest.mark.parametrize(
+    ("uri", "ok"), [(None, True), ("sqlite:///x.db", True), ("mysql+pymysql://a@b/c", True), ("nonsense://x", False), ("mlruns", False)]
+)
+def test_doctor_knows_what_mlflow_can_write_to(monkeypatch: pytest.MonkeyPatch, uri: str | None, ok: bool) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if uri is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert examine()["methods"]["tracking"]["ok"] is ok
+
+
+@pytest.mark.parametrize("address", ["foo", "http://127.0.0.1:8265", "127.0.0.1:99999", "127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1"])
+def test_an_address_where_no_cluster_is(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(BadInput, match=rf"^command line: --address: {re.escape(address)}: "):
+        cluster_address(address)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(BadInput, match=rf"^environment: RAY_ADDRESS: {re.escape(address)}: "):
+        cluster_address(None)
+
+
+def test_addresses_that_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        for address in (None, "auto", "local", f"127.0.0.1:{port}", f"ray://localhost:{port}"):
+            assert cluster_address(address) == address

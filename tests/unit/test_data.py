@@ -63,6 +63,40 @@ def test_every_bad_row_is_named_with_its_line(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("key", ["instruction", "input", "output"])
+def test_half_a_surrogate_pair_in_a_row_is_named_with_its_line_and_key(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"instruction": "a", "output": "b", key: "x\ud800"}) + "\n")
+    with pytest.raises(BadInput) as caught:
+        load_instructions(DataConfig(name="x", path=str(path)), tmp_path)
+    assert [str(fault) for fault in caught.value.faults] == [f"{path}:1: {key}: 'x\\ud800' is not valid Unicode text"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "[" + "1" * 5000 + "]", '{"a": ' + "1" * 5000 + "}", "[1, 2"])
+def test_what_no_json_reader_takes_is_a_fault(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(BadInput, match=r"rows.json.*: not JSON: "):
+        load_instructions(DataConfig(name="x", path=str(tmp_path / "rows.json")), tmp_path)
+
+
+@pytest.mark.parametrize("path", ["/tmp/a\0b", "/tmp/" + "x" * 300, "/etc/passwd/x"])
+def test_a_path_that_cannot_exist_is_a_fault(tmp_path: Path, path: str) -> None:
+    for load in (
+        lambda: load_instructions(DataConfig(name="x", path=path), tmp_path),
+        lambda: load_benchmark(BenchmarkConfig(name="x", path=path), tmp_path),
+    ):
+        with pytest.raises(BadInput, match=r"cannot be read|does not exist"):
+            load()
+
+
+@pytest.mark.parametrize("filters", [{"years": [2018]}, {"text_only": False}, {"choices": 5}, {"answers": 1}, {"exclude": ["a"]}])
+def test_filters_of_questions_on_instruction_rows_are_faults(tmp_path: Path, filters: dict[str, Any]) -> None:
+    path = write(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}] * 3)
+    with pytest.raises(BadInput, match=f"data x: filters.{next(iter(filters))}: instruction rows have nothing to filter by"):
+        load_instructions(DataConfig(name="x", path=str(path), filters=filters), tmp_path)
+    assert len(load_instructions(DataConfig(name="x", path=str(path), filters={"first": 2}), tmp_path).rows) == 2
+
+
 def test_a_thoroughly_broken_file_does_not_flood_the_terminal(tmp_path: Path) -> None:
     assert len(faults_of_rows(tmp_path, [{"output": "b"}] * 1000)) == MAX_FAULTS_PER_FILE + 1
 
@@ -91,6 +125,14 @@ def test_questions_become_rows_answered_with_the_choices_text(tmp_path: Path) ->
     [
         ({"answer": ["f"]}, "answer: ['f'] is not among the 3 choices; allowed: different letters of a to c"),
         ({"answer": ["a", "a"]}, "answer: ['a', 'a'] is not among the 3 choices; allowed: different letters of a to c"),
+        ({"answer": [""]}, "answer: [''] names no choice; allowed: letters of a to c"),
+        ({"answer": [","]}, "answer: [','] names no choice; allowed: letters of a to c"),
+        ({"choices": ["甲"], "answer": ["a"]}, "choices: only one choice; allowed: 2 to 10 texts, or none"),
+        (
+            {"choices": ["甲", " "]},
+            "choices: a choice without text; allowed: texts (leave the question out by filters.exclude or text_only)",
+        ),
+        ({"problem_text": "\ud800"}, "problem_text: '\\ud800' is not valid Unicode text"),
         ({"answer": []}, "answer: [] is not allowed; allowed: a list of letters"),
         ({"answer": "a"}, "answer: 'a' is not allowed; allowed: a list of letters"),
         ({"choices": "甲乙"}, "choices: '甲乙' is not allowed; allowed: a list of at most 10 texts"),
@@ -101,10 +143,29 @@ def test_questions_become_rows_answered_with_the_choices_text(tmp_path: Path) ->
     ],
 )
 def test_a_bad_question_is_named_with_its_line(tmp_path: Path, change: dict[str, Any], told: str) -> None:
-    path = write(tmp_path / "q.jsonl", [QUESTION, {**QUESTION, "problem_id": "115A2", **change}])
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in [QUESTION, {**QUESTION, "problem_id": "115A2", **change}]))
     with pytest.raises(BadInput) as caught:
         load_benchmark(benchmark_of(path), tmp_path)
     assert [str(fault) for fault in caught.value.faults] == [f"{path}:2: {told}"]
+
+
+def test_a_benchmark_without_questions_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"q.jsonl: no questions; allowed"):
+        load_benchmark(benchmark_of(write(tmp_path / "q.jsonl", [])), tmp_path)
+
+
+def test_excluding_a_question_that_is_not_there_is_a_fault(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", [QUESTION, {**QUESTION, "problem_id": "115A2"}])
+    with pytest.raises(BadInput, match=r"filters.exclude: no question 115A9"):
+        load_benchmark(benchmark_of(path, filters={"exclude": ["115A1", "115A9"]}), tmp_path)
+
+
+def test_examples_are_named_in_one_way(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", [QUESTION])
+    for other in ({"fewshot": str(path)}, {"fewshot_bundled": "sample/fewshot.jsonl"}):
+        with pytest.raises(BadInput, match=f"benchmark x: fewshot_items: given together with {next(iter(other))}"):
+            load_benchmark(benchmark_of(path, fewshot_items=["115A1"], **other), tmp_path)
 
 
 def test_the_same_id_twice_is_a_fault(tmp_path: Path) -> None:
@@ -233,6 +294,25 @@ def test_a_prompts_identity_is_its_template() -> None:
     assert prompt_digest(prompt) != prompt_digest(prompt.model_copy(update={"template": prompt.template + " "}))
 
 
-def test_a_template_cannot_reach_into_the_process() -> None:
-    with pytest.raises(BadInput):
-        render_prompt(PromptConfig(name="p", template="{{ instruction.__class__.__mro__ }}"), Instruction("a", "b", "c"))
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ instruction.__class__.__mro__ }}",
+        "{{ 1/0 }}",
+        "{% include 'x' %}",
+        "{{ instruction + 1 }}",
+        "{% for i in range(10**9) %}{{ i }}{% endfor %}",
+        "{{ 'x' * 10**10 }}",
+        "{{ 10**10 * [1] }}",
+        "{{ 10**10000 }}",
+        "{{ " + "(" * 100_000,
+        "{{ '\\ud800' }}",
+    ],
+)
+def test_whatever_goes_wrong_in_a_template_is_its_fault(template: str) -> None:
+    with pytest.raises(BadInput, match="prompt p: template: "):
+        render_prompt(PromptConfig(name="p", template=template), Instruction("a", "b", "c"))
+
+
+def test_a_template_may_compute() -> None:
+    assert render_prompt(PromptConfig(name="p", template="{{ '-' * 3 }}{{ 2 ** 3 * 2 }}"), Instruction("a", "b", "c")) == "---16"

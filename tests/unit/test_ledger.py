@@ -6,12 +6,22 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
+from rich.console import Console
 
+from jmedlora.config.compose import load_sweep
+from jmedlora.config.faults import BadInput, Fault
+from jmedlora.orchestrator.driver import run_sweep
+from jmedlora.orchestrator.errors import Refused, is_told_by, last_line, refusals, told
 from jmedlora.orchestrator.ledger import HeldByAnother, all_jobs, driver_lock, is_done, is_ready, run_status, standing
+from jmedlora.orchestrator.progress import ProgressDisplay
 from jmedlora.plan.layout import CHECKSUMS, METRICS, Storage
-from jmedlora.plan.planner import open_sweep
+from jmedlora.plan.naming import names_of
+from jmedlora.plan.planner import make_plan, open_sweep
+from jmedlora.plan.records import read_metrics, read_training
 
 HOLD = """
 import sys, time
@@ -67,3 +77,65 @@ def test_a_sweep_stands_where_storage_says(tmp_path: Path) -> None:
     assert (state.runs["finished"], state.runs["failed"]) == ([first.run_key], [second.run_key])
     assert state.errors == {second.run_key: "step 3: the loss is nan"}
     assert (state.evaluations_done, state.evaluations, state.is_complete) == (1, 4, False)
+
+
+def test_a_held_sweep_is_told_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_sweep("smoke", [f"storage={tmp_path}"])
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    with driver_lock(Storage(tmp_path).sweep("smoke")), pytest.raises(HeldByAnother):
+        run_sweep(config, make_plan(config), None, Console(quiet=True))
+
+
+def test_an_unusable_address_leaves_nothing_behind(tmp_path: Path) -> None:
+    config = load_sweep("smoke", [f"storage={tmp_path}"])
+    with pytest.raises(BadInput):
+        run_sweep(config, make_plan(config), "foo", Console(quiet=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_files_are_told_by_path(tmp_path: Path) -> None:
+    _, plan = open_sweep("smoke", ["shots=[0]"])
+    storage, run, evaluation = Storage(tmp_path), plan.runs[0], plan.evaluations[0]
+    folder = storage.run(run.run_key)
+    scored = folder.evaluation(evaluation.folder, run.total_steps)
+    scored.mkdir(parents=True)
+    for text in ('{"n": 1', "[]", '{"n": 1}'):
+        (scored / METRICS).write_text(text)
+        with pytest.raises(BadInput, match=f"^{scored / METRICS}: damaged: .*delete it"):
+            read_metrics(storage, run.run_key, run.total_steps, evaluation)
+    folder.train_jsonl.write_text('{"step": 1}\n{"st\n{"step": 3}\n{"ste')
+    with pytest.raises(BadInput, match=f"^{folder.train_jsonl}:2: damaged: "):
+        read_training(storage, run.run_key)
+    folder.run_json.write_text('{"status": "fin')
+    with pytest.raises(BadInput, match=f"^{folder.run_json}: damaged: "):
+        standing(plan, storage)
+
+
+def test_errors_of_other_processes_in_one_line() -> None:
+    with pytest.raises(Refused) as caught, refusals():
+        raise BadInput([Fault("a", "b", "c", "d"), Fault("e", "", "f")])
+    assert told(caught.value) == "a: b: c; allowed: d; e: f"
+    assert told(OSError("no\n such  file")) == "OSError: no such file"
+    over_ray = RuntimeError(f"Traceback ...\n  File\njmedlora.orchestrator.errors.Refused: {caught.value}\n")
+    assert last_line(over_ray) == told(caught.value)
+    assert last_line(RuntimeError("Traceback ...\njmedlora.models.source.SourceMissing: model x: no")) == "SourceMissing: model x: no"
+    assert is_told_by("OSError: no such file", ["OSError: no such file"])
+    assert not is_told_by("OSError: no such file", ["", "ValueError: loss"])
+
+
+def test_progress_counts_earlier_runs_and_tells_what_starts(tmp_path: Path) -> None:
+    _, plan = open_sweep("smoke", ["shots=[0]"])
+    storage = Storage(tmp_path)
+    first, second = plan.runs
+    checkpoint = storage.run(first.run_key).checkpoint(first.total_steps)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / CHECKSUMS).write_text("{}")
+    storage.run(first.run_key).run_json.write_text(json.dumps({"status": "finished"}))
+    names = names_of(plan)
+    display = ProgressDisplay(Console(quiet=True), plan, storage, None, all_jobs(plan), names, 1, 1)
+    state: dict[str, Any] = {"runs": {}, "evaluating": [], "evaluation_s": None}
+    assert "starting workers; runs 1/2 trained" in display.line(state)
+    state["runs"][second.run_key] = {"status": "starting"}
+    assert f"starting {names[second.run_key]}; runs 1/2" in display.line(state)
+    state["runs"][second.run_key] = {"status": "running", "total_steps": 9}
+    assert "starting" not in display.line(state)

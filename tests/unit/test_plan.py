@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from jmedlora.config.compose import load_sweep
 from jmedlora.config.digest import canonical_json, digest_rows
-from jmedlora.config.faults import BadInput
+from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.parts import Architecture
+from jmedlora.plan.checks import check_storage
 from jmedlora.plan.estimates import concurrent_trials, weight_bytes
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.naming import names_of
 from jmedlora.plan.planner import checkpoint_steps, make_plan, open_sweep
-from jmedlora.plan.rendering import estimates_of, plan_as_json
+from jmedlora.plan.rendering import estimates_of, plan_as_json, print_plan
 from jmedlora.plan.shapes import lora_parameters, model_parameters
 from jmedlora.plan.specs import Plan
 from jmedlora.plan.writing import read_plan, write_plan
@@ -222,7 +225,19 @@ def test_the_plan_survives_storage(tmp_path: Path) -> None:
 
 
 def test_settings_that_spell_the_same_adapter_are_one_run() -> None:
-    assert len(plan_of("extra=[]", "grid.alpha=[8,2r,9]").runs) == 2
+    plan = plan_of("extra=[]", "grid.alpha=[8,2r,9]", "grid.micro_batch_size=[1,2]")
+    assert [run.settings.alpha_value for run in plan.runs] == [8, 9]
+    assert [note.split(" (")[0] for note in plan.notes] == ["4 of 6 combinations are the same adapter as another"]
+    assert plan_of("extra=[]").notes == []
+
+
+def test_the_printed_plan_counts_in_english_and_tells_what_was_put_together() -> None:
+    config, plan = open_sweep("smoke", ["extra=[]", "grid.deepspeed=[zero0,zero2]"])
+    console = Console(width=200, record=True, quiet=False, file=io.StringIO())
+    print_plan(plan, config, console)
+    text = console.export_text()
+    assert "1 run in 1 trial over 1 base: " in text
+    assert "1 of 2 combinations is the same adapter as another" in text
 
 
 # ---------------------------------------------------------------- checks across settings
@@ -243,6 +258,23 @@ def test_settings_that_spell_the_same_adapter_are_one_run() -> None:
             f"grid.seed=[{MANY}]",
             "grid: 160000 runs; allowed: at most",
         ),
+        ("evaluate.max_new_tokens=1024", "evaluate.max_new_tokens: 1024 leaves no room for a prompt in the 1024 positions of tiny-llama"),
+        ("training.targets=[]", "training.targets: no targets; allowed: at least one of q_proj"),
+        ("training.warmup_steps=8", "training.warmup_steps: 8 is more than the 7 steps of a run; allowed: at most 7"),
+        ("grid.epochs=[inf]", "grid.epochs"),
+        ("grid.epochs=[1e308]", "training.epochs: a run of more than 1e+12 steps"),
+        ("training.alpha=0r", "training.alpha: '0r' is not allowed"),
+        ("grid.alpha=[" + "9" * 400 + "r]", "alpha"),
+        (
+            "grid.model=[{preset: tiny-llama, name: o, architecture: {heads: 5}}]",
+            "model o: architecture.heads: 5 heads do not divide hidden_size 64; allowed: a divisor of it",
+        ),
+        (
+            "grid.model=[{preset: tiny-llama, name: o, architecture: {kv_heads: 3}}]",
+            "model o: architecture.kv_heads: 3 do not divide 4 heads; allowed: a divisor of them",
+        ),
+        ("grid.model=[{preset: tiny-llama, name: o, source: {kind: named, name: ../../etc}}]", "'../../etc' is not allowed"),
+        ('prompts=[{name: p, template: "\\ud800{{ instruction }}"}]', "template"),
         ("storage=s3://bucket/x", "storage: s3://bucket/x is not a local folder"),
     ],
 )
@@ -280,12 +312,32 @@ def test_a_config_json_stands_in_for_the_architecture(tmp_path: Path) -> None:
         "max_position_embeddings": 2048,
     }
     (tmp_path / "config.json").write_text(json.dumps(facts))
+    (tmp_path / "model.safetensors").write_bytes(b"")
     model = f"grid.model=[{{name: own, family: llama, source: {{kind: path, path: {tmp_path}}}}}]"
     shape = Architecture(layers=2, hidden_size=32, intermediate_size=64, heads=4, kv_heads=2, vocabulary=300, tied_embeddings=True)
     assert plan_of("extra=[]", model).runs[0].model_parameters == model_parameters("llama", shape)
-    (tmp_path / "config.json").write_text(json.dumps({**facts, "model_type": "gpt_neox"}))
-    with pytest.raises(BadInput, match="'gpt_neox' is not 'llama'"):
-        plan_of("extra=[]", model)
+
+    for content, told in (
+        (json.dumps({**facts, "model_type": "gpt_neox"}), "config.json: model_type: 'gpt_neox' is not 'llama'"),
+        ("[]", "config.json: not an object"),
+        ("[" * 100_000, "config.json: cannot be read"),
+        (json.dumps({**facts, "hidden_size": "x"}), "config.json: hidden_size: 'x' is not allowed"),
+        (json.dumps({**facts, "num_attention_heads": None, "num_key_value_heads": None}), "config.json: num_attention_heads: missing"),
+        (json.dumps({**facts, "num_attention_heads": 5}), "config.json: num_attention_heads: 5 heads do not divide hidden_size 32"),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(BadInput) as caught:
+            plan_of("extra=[]", model)
+        assert told in str(caught.value.faults[0])
+
+
+def test_a_model_folder_without_weights_is_a_fault(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "own"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    for source in (f"{{kind: path, path: {folder}}}", "{kind: named, name: own}"):
+        with pytest.raises(BadInput, match=f"{folder} holds no safetensors weights"):
+            plan_of("extra=[]", f"grid.model=[{{preset: tiny-llama, name: own, source: {source}}}]", f"sources={tmp_path}")
 
 
 def test_ten_thousand_runs_are_planned() -> None:
@@ -296,10 +348,40 @@ def test_ten_thousand_runs_are_planned() -> None:
 def test_a_gguf_file_counts_by_its_name_and_size_not_by_where_it_lies(tmp_path: Path) -> None:
     def key(folder: str, content: bytes) -> str:
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "w.gguf").write_bytes(content)
+        (tmp_path / folder / "w.gguf").write_bytes(b"GGUF" + content)
         source = f"{{kind: gguf, file: {tmp_path / folder / 'w.gguf'}}}"
         return key_with(f"grid.model=[{{preset: tiny-llama, name: own, source: {source}}}]")
 
     assert key("a", b"x" * 10) == key("b", b"y" * 10)
     assert key("c", b"x" * 11) != key_with()
     assert len({key("d", b"x" * 10), key("e", b"x" * 11)}) == 2
+
+
+def test_a_file_that_is_no_gguf_file_is_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "w.gguf").write_bytes(b"PK\x03\x04")
+    with pytest.raises(BadInput, match=r"model own: source.file: .*w.gguf is not a GGUF file"):
+        plan_of("extra=[]", f"grid.model=[{{preset: tiny-llama, name: own, source: {{kind: gguf, file: {tmp_path / 'w.gguf'}}}}}]")
+
+
+@pytest.mark.parametrize(
+    ("storage", "told"),
+    [
+        ("/etc/passwd", "is a file"),
+        ("/etc/passwd/a/b", "cannot be made below the file /etc/passwd"),
+        ("/proc/x", "cannot be written"),
+        ("/sys/x", "cannot be written"),
+        ("/tmp/a\0b", "cannot be a folder: embedded null byte"),
+        ("/nowhere/" + "あ" * 100, "has a name of more than 255 bytes"),
+        ("/tmp" + "/abcdefghi" * 600, "cannot be a folder: File name too long"),
+    ],
+)
+def test_storage_that_cannot_be_made_is_told_without_trying(storage: str, told: str) -> None:
+    faults: list[Fault] = []
+    check_storage(load_sweep("smoke").model_copy(update={"storage": storage}), faults)
+    assert [(fault.key, told in fault.problem) for fault in faults] == [("storage", True)], faults
+
+
+def test_storage_that_can_be_made_is_not_made_by_the_check(tmp_path: Path) -> None:
+    faults: list[Fault] = []
+    check_storage(load_sweep("smoke").model_copy(update={"storage": str(tmp_path / "a" / "b")}), faults)
+    assert (faults, list(tmp_path.iterdir())) == ([], [])

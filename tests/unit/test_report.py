@@ -19,7 +19,7 @@ from jmedlora.plan.naming import names_of
 from jmedlora.plan.specs import Plan
 from jmedlora.report.collect import collect_results
 from jmedlora.report.comparison import change_text, compare_runs
-from jmedlora.report.console import console_comparison
+from jmedlora.report.console import console_comparison, print_failures
 from jmedlora.report.figures import DRAWN_RUNS, draw_losses, draw_scores
 from jmedlora.report.table import costs_csv, table_csv, table_md, wilson_interval
 from jmedlora.report.writer import write_report
@@ -52,7 +52,9 @@ def rows_of(text: str) -> list[dict[str, str]]:
 
 def console_text(plan: Plan, storage: Storage) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(console_comparison(collect_results(plan, storage)))
+    results = collect_results(plan, storage)
+    console.print(console_comparison(results))
+    print_failures(results, console)
     return console.export_text()
 
 
@@ -74,6 +76,8 @@ def test_names_tell_what_sets_runs_apart() -> None:
         "cccccccccccc": "smollm2-135m lora r8 1ep lr0.0002 cccccc",
         "base00000032": "smollm2-135m base",
     }
+    several = [run_spec("aaaaaaaaaaaa", targets=[]), run_spec("bbbbbbbbbbbb", targets=["q_proj"])]
+    assert names_of(plan_of([base_spec()], several))["aaaaaaaaaaaa"] == "smollm2-135m lora r16 1ep"
 
 
 # ---------------------------------------------------------------- tables
@@ -361,7 +365,7 @@ def test_a_partial_sweep_is_told_as_it_stands(tmp_path: Path) -> None:
     }
     markdown = files.table_md.read_text()
     assert "- smollm2-135m lora r4 3ep (`lora04030000`): loss is not finite at step 9" in markdown
-    assert "failed: smollm2-135m lora r4 3ep (lora04030000): loss is not finite at step 9" in " ".join(console_text(plan, storage).split())
+    assert "failed: smollm2-135m lora r4 3ep (lora04030000): loss is not finite at step 9\n" in console_text(plan, storage)
 
 
 def test_a_sweep_that_has_not_begun_has_a_report(tmp_path: Path) -> None:
