@@ -118,7 +118,6 @@ def test_workers_shard_and_a_failing_run_does_not_stop_the_others(tmp_path: Path
         "extra=[{model: tiny-gpt-neox, method: qlora, rank: 2, deepspeed: zero3, max_steps: 2}, "
         "{model: tiny-llama, method: lora, rank: 2, learning_rate: 1e30, max_grad_norm: null, max_steps: 3}]",
         "grid.max_steps=[2]",
-        "~grid.epochs",
         "shots=[0]",
         "resources.workers_per_trial=2",
         cwd=tmp_path,

@@ -17,7 +17,6 @@ def test_two_workers_train_every_family_and_method(tmp_path: Path, stage: int) -
         "sweep",
         "smoke",
         "grid={model: [tiny-llama, tiny-gpt-neox], method: [lora, qlora], rank: [4]}",
-        "~grid.epochs",
         "training.max_steps=3",
         "extra=[]",
         "shots=[0]",
