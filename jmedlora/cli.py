@@ -16,7 +16,7 @@ from jmedlora.config.compose import load_sweep
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.sweep import SweepConfig
 
-BAD_INPUT, HELD = 2, 3
+BAD_INPUT, HELD, INTERRUPTED = 2, 3, 130
 PAGE_WIDTH = 120
 
 app = typer.Typer(
@@ -69,6 +69,9 @@ def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = 
     except HeldByAnother as held:
         print(f"jmedlora: sweep {planned.sweep} is {held}", file=sys.stderr)
         raise typer.Exit(HELD) from None
+    except KeyboardInterrupt:  # before or after the work itself
+        print("interrupted; the same command goes on from here")
+        raise typer.Exit(INTERRUPTED) from None
     _print_outcome(console, sweep, config.storage_path, planned.sweep, outcome.problems, outcome.exit_code)
     raise typer.Exit(outcome.exit_code)
 
@@ -183,7 +186,7 @@ def _stored_plan(storage: Path, name: str) -> Any:
 
 
 def _print_outcome(console: Console, sweep: str, storage: Path, name: str, problems: list[str], exit_code: int) -> None:
-    if exit_code == 130:
+    if exit_code == INTERRUPTED:
         console.print("interrupted; the same command goes on from here")
         return
     _print_comparison(console, storage, name)
