@@ -20,7 +20,7 @@ from jmedlora.models.adapters import verify
 from jmedlora.models.dropout import DropoutContext
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.lora import attach_lora
-from jmedlora.models.source import materialise
+from jmedlora.models.source import cache_dir, materialise
 from jmedlora.plan.layout import ADAPTER_WEIGHTS, Storage
 from jmedlora.plan.records import read_run, read_training
 from jmedlora.plan.specs import RunSpec
@@ -107,7 +107,7 @@ def plain_reference(spec: RunSpec) -> tuple[list[float], list[float], dict[str, 
     adapted = attach_lora(model, settings, spec.model.family, torch.device("cpu"), dropout).train()
     rows = tokenise_rows(
         load_instructions(spec.data, Path("unused")).rows, PROMPT, tokenizer, f"reference-{spec.run_key}",
-        settings.max_input_tokens, settings.max_target_tokens, folder,
+        settings.max_input_tokens, settings.max_target_tokens, cache_dir(),
     )  # fmt: skip
     batches = MiniBatches([len(ids) for ids in rows["input_ids"]], settings.batch_size, settings.seed, settings.length_grouping)
     trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
