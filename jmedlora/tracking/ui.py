@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -33,7 +32,7 @@ def open_ui(storage: Storage, sweep: str, port: int = 5000) -> int:
     The sweep's address is printed once its page answers. Raises BadInput where the port is taken.
     """
     uri = tracking_uri(storage)
-    address = _address(uri, sweep, port)
+    address = sweep_address(uri, sweep, port)
     if is_server(uri):
         print(f"{sweep}: {address}", flush=True)
         webbrowser.open(address)
@@ -91,23 +90,12 @@ def _end(server: subprocess.Popen[bytes]) -> None:
             server.wait(_END_S)
 
 
-def ui_command(storage: Storage, sweep: str, port: int = 5000) -> str:
-    """The shell line that does what `open_ui` does; the sweep's address stands in its comment."""
-    uri = tracking_uri(storage)
-    address = _address(uri, sweep, port)
-    command = (
-        ["python", "-m", "webbrowser", address]
-        if is_server(uri)
-        else ["env", *(f"{key}={value}" for key, value in _NO_JOBS.items()), "mlflow", *_arguments(uri, port)]
-    )
-    return f"{shlex.join(command)}  # {sweep}: {address}"
-
-
 def _arguments(uri: str, port: int) -> list[str]:
     return ["ui", "--backend-store-uri", uri, "--host", _HOST, "--port", str(port), "--workers", "1"]
 
 
-def _address(uri: str, sweep: str, port: int) -> str:
+def sweep_address(uri: str, sweep: str, port: int) -> str:
+    """Address of the page that shows a sweep: on the tracking server, or on this machine at `port`."""
     root = uri.rstrip("/") if is_server(uri) else f"http://{_HOST}:{port}"
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return f"{root}/#/experiments"  # a client would create the database

@@ -16,7 +16,7 @@ from jmedlora.plan.records import read_training
 from jmedlora.plan.specs import Plan
 from jmedlora.tracking.location import tracking_uri
 from jmedlora.tracking.mlflow_tracker import MlflowTracker
-from jmedlora.tracking.ui import ui_command
+from jmedlora.tracking.ui import sweep_address
 from tests.made_up import (
     BEGINNING,
     base_spec,
@@ -265,7 +265,7 @@ def test_the_sweep_is_closed_and_opened_again_with_its_report(storage: Storage) 
 
 def test_the_sweeps_address_opens_a_view_that_exists(storage: Storage) -> None:
     tracker_of(small_plan(), storage)
-    key = ui_command(storage, "demo").rpartition("viewStateShareKey=")[2]
+    key = sweep_address(tracking_uri(storage), "demo", 5000).rpartition("viewStateShareKey=")[2]
     experiment = MlflowClient(tracking_uri=tracking_uri(storage)).get_experiment_by_name("demo")
     view = json.loads(experiment.tags[f"mlflow.sharedViewState.{key}"])
     shown = MlflowClient(tracking_uri=tracking_uri(storage)).search_runs([experiment.experiment_id], view["searchFilter"])
@@ -273,12 +273,11 @@ def test_the_sweeps_address_opens_a_view_that_exists(storage: Storage) -> None:
 
 
 def test_where_mlflow_is(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "#/experiments\n" in ui_command(Storage(storage.root / "elsewhere"), "demo") + "\n"
+    assert sweep_address(tracking_uri(Storage(storage.root / "elsewhere")), "demo", 5000).endswith("#/experiments")
     assert not (storage.root / "elsewhere").exists()
     tracker_of(small_plan(), storage)
     experiment = MlflowClient(tracking_uri=tracking_uri(storage)).get_experiment_by_name("demo").experiment_id
-    command = ui_command(storage, "demo")
-    assert f" mlflow ui --backend-store-uri sqlite:///{storage.root}/mlflow.db " in command
-    assert f"demo: http://127.0.0.1:5000/#/experiments/{experiment}/runs?" in command
+    assert tracking_uri(storage) == f"sqlite:///{storage.root}/mlflow.db"
+    assert sweep_address(tracking_uri(storage), "demo", 5001).startswith(f"http://127.0.0.1:5001/#/experiments/{experiment}/runs?")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
     assert tracking_uri(storage) == "http://mlflow.example:5000"
