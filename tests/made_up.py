@@ -10,7 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jmedlora.config.parts import BenchmarkConfig, DataConfig, DeepSpeedConfig, MethodConfig, ModelConfig, PromptConfig, RandomSource
+from jmedlora.config.benchmark import BenchmarkConfig, PromptConfig
+from jmedlora.config.data import DataConfig
+from jmedlora.config.parts import DeepSpeedConfig, MethodConfig, ModelConfig, RandomSource
 from jmedlora.config.run import RunSettings
 from jmedlora.plan.layout import METRICS, PREDICTIONS, Storage
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec, TrialSpec

@@ -7,18 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jmedlora.config.benchmark import PromptConfig
+from jmedlora.config.data import DataConfig
 from jmedlora.config.digest import digest_rows, key_of
-from jmedlora.config.parts import (
-    Architecture,
-    DataConfig,
-    DeepSpeedConfig,
-    Family,
-    MethodConfig,
-    ModelConfig,
-    Precision,
-    PromptConfig,
-    RandomSource,
-)
+from jmedlora.config.parts import Architecture, DeepSpeedConfig, Family, MethodConfig, ModelConfig, Precision, RandomSource
 from jmedlora.config.run import RunSettings
 from jmedlora.data.rows import Instruction
 from jmedlora.plan.specs import RunSpec, TrialSpec

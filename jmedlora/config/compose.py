@@ -9,11 +9,13 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from jmedlora.config.benchmark import BenchmarkConfig, PromptConfig
 from jmedlora.config.composition import compose_sweep, find_secrets, find_sweep
+from jmedlora.config.data import DataConfig
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.locate import absolute, is_remote
 from jmedlora.config.origin import Origin
-from jmedlora.config.parts import BenchmarkConfig, DataConfig, DeepSpeedConfig, MethodConfig, ModelConfig, PromptConfig, ResourcesConfig
+from jmedlora.config.parts import DeepSpeedConfig, MethodConfig, ModelConfig, ResourcesConfig
 from jmedlora.config.presets import PartReader
 from jmedlora.config.run import RunSettings
 from jmedlora.config.sweep import SweepConfig, SweepFile
@@ -87,12 +89,15 @@ class _SweepReader:
         grids = {(f"grid[{i}]" if several else "grid"): grid for i, grid in enumerate(raw_grids)}
         checked_grids = {key: self._axes(grid, key) for key, grid in grids.items()}
         extra = {f"extra[{i}]": self._settings(run, f"extra[{i}]") for i, run in enumerate(file.extra)}
-        self._check_runs({**checked_grids, **extra}, training)
+        references = [self._named("model", entry, f"references[{i}]") for i, entry in enumerate(file.references)]
+        self._check_runs({**checked_grids, **extra}, training, references)
         benchmarks = [self.reader.read("benchmark", BenchmarkConfig, entry, f"benchmarks[{i}]") for i, entry in enumerate(file.benchmarks)]
         self.benchmarks = [part for part in benchmarks if part]
         self._refuse_repeats([part.name for part in self.benchmarks], "benchmarks")
         self._refuse_repeats([str(count) for count in file.shots], "shots")
         self._refuse_repeats(prompts, "prompts")
+        self._refuse_repeats(references, "references")
+        self._refuse_repeats(list(file.evaluate.scoring), "evaluate.scoring")
         self._check_storage(file)
         resources = self.reader.read("resources", ResourcesConfig, file.resources, "resources")
         if resources:
@@ -105,6 +110,7 @@ class _SweepReader:
             file=self.origin.where,
             grids=list(checked_grids.values()),
             extra=list(extra.values()),
+            references=references,
             training=training,
             models=self.parts["model"],
             methods=self.parts["method"],
@@ -119,6 +125,7 @@ class _SweepReader:
             storage=absolute(file.storage, self.origin.base("storage")),
             sources=absolute(file.sources, self.origin.base("sources")),
             offline=file.offline,
+            leaks=file.leaks,
             note=file.note,
             overridden=sorted(self.origin.overridden),
         )
@@ -180,9 +187,9 @@ class _SweepReader:
 
     # -- checks across keys
 
-    def _check_runs(self, runs: dict[str, dict[str, Any]], training: dict[str, Any]) -> None:
-        if not runs and not self.left_out & {"grid", "extra"}:
-            self._fault("grid", "no runs", "a grid with at least a model, a method and epochs, or extra")
+    def _check_runs(self, runs: dict[str, dict[str, Any]], training: dict[str, Any], references: list[str]) -> None:
+        if not runs and not references and not self.left_out & {"grid", "extra"}:
+            self._fault("grid", "no runs", "a grid with at least a model, a method and epochs, or extra, or references")
         for key, own in runs.items():
             durations = [name for name in ("epochs", "max_steps") if name in own or name in training]
             if len(durations) != 1:

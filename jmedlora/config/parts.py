@@ -1,18 +1,21 @@
-"""The parts that a sweep is put together from: models, methods, data, benchmarks, prompts, engines, machines."""
+"""The parts that a sweep is put together from: models, methods, engines, machines. Benchmarks and prompts: `benchmark`; data: `data`."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-Family = Literal["llama", "gpt_neox"]
-Precision = Literal["fp32", "bf16", "nf4"]
+Family = Literal["llama", "gpt_neox", "api"]
+Precision = Literal["fp32", "bf16", "nf4", "api"]
+"""How base weights are held; `api`: elsewhere, behind an address."""
 Schedule = Literal["constant", "linear", "cosine"]
 NAME = r"^[\w-]+$"
 FILE_NAME = r"^[\w-][\w.-]*$"
 REPOSITORY = r"^[\w.-]+/[\w.-]+$"
+COMMIT = r"^[0-9a-f]{40}$"
+URL = r"^https?://\S+$"
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -76,7 +79,35 @@ class NamedSource(Part):
     name: Annotated[str, Field(pattern=FILE_NAME)]
 
 
-ModelSource = Annotated[HubSource | PathSource | GgufSource | RandomSource | NamedSource, Field(discriminator="kind")]
+class ApiSource(Part):
+    """A model behind an OpenAI-compatible address; evaluated as it is, never tuned."""
+
+    kind: Literal["api"]
+    base_url: Annotated[str, Field(pattern=URL)]
+    """Such as https://api.openai.com/v1, or http://127.0.0.1:8000/v1 for a server of one's own."""
+    model: Text
+    """The name by which the server knows the model."""
+    endpoint: Literal["chat", "completions"] = "chat"
+    """`completions` sends the prompt as plain text; `chat` sends it as messages."""
+    key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; the key itself never stands in a configuration."""
+    max_concurrency: Annotated[Whole, Field(ge=1)] = 8
+    timeout_s: Annotated[Number, Field(gt=0)] = 120
+    max_retries: Annotated[Whole, Field(ge=0)] = 8
+    """Attempts after the first, for time-outs, cut connections, 408, 409, 429 and 5xx."""
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the server calls the bound on new tokens."""
+    temperature: Annotated[Number, Field(ge=0)] | None = 0
+    """null: not sent, for models that take none."""
+    seed: Annotated[Whole, Field(ge=0)] | None = None
+    input_price: Annotated[Number, Field(ge=0)] | None = None
+    """Money per million prompt tokens."""
+    output_price: Annotated[Number, Field(ge=0)] | None = None
+    """Money per million new tokens."""
+    currency: str = "USD"
+
+
+ModelSource = Annotated[HubSource | PathSource | GgufSource | RandomSource | NamedSource | ApiSource, Field(discriminator="kind")]
 
 
 class Architecture(Part):
@@ -106,6 +137,17 @@ class ModelConfig(Part):
     language: str = ""
     note: str = ""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _family_of_api(cls, value: Any) -> Any:
+        source = value.get("source") if isinstance(value, dict) else None
+        return {"family": "api", **value} if isinstance(source, dict) and source.get("kind") == "api" else value
+
+    @property
+    def is_api(self) -> bool:
+        """True for a model that is evaluated through an address and has no weights here."""
+        return self.source.kind == "api"
+
 
 # ---------------------------------------------------------------- method
 
@@ -119,67 +161,6 @@ class MethodConfig(Part):
     defaults: dict[str, object] = {}
     assumed: list[str] = []
     """Names of settings whose value the study does not report."""
-
-
-# ---------------------------------------------------------------- data
-
-
-class Filters(Part):
-    """Which questions of a benchmark are taken; filters are applied in this order."""
-
-    years: list[int] | None = None
-    text_only: bool | None = None
-    choices: Annotated[Whole, Field(ge=2)] | None = None
-    """Keep questions with exactly this many choices."""
-    answers: Annotated[Whole, Field(ge=1)] | None = None
-    """Keep questions with exactly this many right answers."""
-    exclude: list[str] = []
-    first: Annotated[Whole, Field(ge=1)] | None = None
-    """Keep the first n of what is left."""
-
-
-class DataConfig(Part):
-    """A training set of instruction rows (`instruction`, `input`, `output`)."""
-
-    name: Text
-    path: Text | None = None
-    """JSON Lines or a JSON list; or, for `questions`, what a benchmark's path may be."""
-    bundled: str | None = None
-    """A file shipped with jmedlora, instead of `path`."""
-    source: NamedSource | None = None
-    """Data that is yet to be made or brought, instead of `path`."""
-    format: Literal["instructions", "questions"] = "instructions"
-    """`questions`: exam questions, each turned into a row that is answered with the choice's text."""
-    filters: Filters = Filters()
-    declared_rows: Annotated[Whole, Field(ge=1)] | None = None
-    """Size of a source that is not here yet, so that it can be planned for."""
-    note: str = ""
-
-
-class BenchmarkConfig(Part):
-    """A question set in IgakuQA's format, with the examples that few-shot prompts may use."""
-
-    name: Annotated[str, Field(pattern=NAME)]
-    path: Text | None = None
-    """A JSON Lines file, or a folder: an IgakuQA checkout (`data/<year>/*.jsonl`) or one of its year folders."""
-    bundled: str | None = None
-    source: NamedSource | None = None
-    fewshot: str | None = None
-    """JSON Lines of examples; for an IgakuQA checkout its own three are found without this."""
-    fewshot_bundled: str | None = None
-    fewshot_items: list[str] = []
-    """Ids of questions of the benchmark itself to be used as examples; these are then not evaluated."""
-    filters: Filters = Filters()
-    declared_questions: Annotated[Whole, Field(ge=1)] | None = None
-    note: str = ""
-
-
-class PromptConfig(Part):
-    """A Jinja2 template of `instruction`, `input` and `examples` (each with instruction, input, output)."""
-
-    name: Annotated[str, Field(pattern=NAME)]
-    template: Text
-    note: str = ""
 
 
 # ---------------------------------------------------------------- engine and machine

@@ -11,11 +11,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
+from jmedlora.config.benchmark import BenchmarkConfig
 from jmedlora.config.composition import find_secrets, refuse_resolvers, yaml_fault
+from jmedlora.config.data import DataConfig
 from jmedlora.config.faults import Fault
 from jmedlora.config.locate import absolute, bundled_file, conf_dir
 from jmedlora.config.origin import Origin
-from jmedlora.config.parts import BenchmarkConfig, DataConfig
 from jmedlora.config.validate import unknown_name, validated
 
 PartT = TypeVar("PartT", bound=BaseModel)

@@ -7,21 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from jmedlora.config.benchmark import METRIC_VARIANTS, BenchmarkConfig, MetricSettings, PromptConfig, ScoringWay
+from jmedlora.config.data import DataConfig
 from jmedlora.config.faults import Fault
 from jmedlora.config.origin import locate_faults
-from jmedlora.config.parts import (
-    FILE_NAME,
-    BenchmarkConfig,
-    DataConfig,
-    DeepSpeedConfig,
-    MethodConfig,
-    ModelConfig,
-    Part,
-    PromptConfig,
-    ResourcesConfig,
-    Text,
-    Whole,
-)
+from jmedlora.config.parts import FILE_NAME, DeepSpeedConfig, MethodConfig, ModelConfig, Part, ResourcesConfig, Text, Whole
 
 Name = Annotated[str, Field(pattern=FILE_NAME)]
 PartEntry = Name | dict[str, Any]
@@ -29,12 +19,21 @@ PartEntry = Name | dict[str, Any]
 
 
 class EvaluateConfig(Part):
-    """When checkpoints are written and scored, and how answers are generated."""
+    """When checkpoints are written and scored, how answers are had and how they are scored."""
 
     every: Literal["epoch", "end"] | Annotated[Whole, Field(ge=1)] = "epoch"
     """`epoch`: at every epoch's end; `end`: once; a number: every so many optimizer steps. The last step always counts."""
+    scoring: Annotated[list[ScoringWay], Field(min_length=1)] = ["generate"]
+    """`generate`: an answer is generated and compared; `loglikelihood`: each choice is weighed as a continuation of the prompt."""
+    metrics: Literal["default", "harness"] | MetricSettings = "default"
+    """How stored predictions are scored; may be changed after a sweep, which then scores again what it has stored."""
     max_new_tokens: Annotated[Whole, Field(ge=1)] = 64
     batch_size: Annotated[Whole, Field(ge=1)] = 16
+
+    @property
+    def metric_settings(self) -> MetricSettings:
+        """The settings that a name stands for, or those given one by one."""
+        return self.metrics if isinstance(self.metrics, MetricSettings) else METRIC_VARIANTS[self.metrics]
 
 
 class SweepFile(Part):
@@ -44,6 +43,8 @@ class SweepFile(Part):
     """A product of lists, or several of them."""
     extra: list[dict[str, Any]] = []
     """Single runs beside the grid."""
+    references: list[PartEntry] = []
+    """Models that are evaluated as they are, beside the runs: others' tuned models, models behind an API."""
     data: PartEntry = "sample"
     benchmarks: Annotated[list[PartEntry], Field(min_length=1)] = ["sample"]
     shots: Annotated[list[Annotated[Whole, Field(ge=0)]], Field(min_length=1)] = [0]
@@ -58,6 +59,8 @@ class SweepFile(Part):
     """Folder in which named models, data and benchmarks are looked for."""
     offline: bool = False
     """No network call at all."""
+    leaks: Literal["refuse", "allow"] = "refuse"
+    """Whether to train on rows that hold questions of the benchmarks (`jmedlora data check` names them)."""
     note: str = ""
 
 
@@ -68,6 +71,8 @@ class SweepConfig(Part):
     file: str
     grids: list[dict[str, list[Any]]]
     extra: list[dict[str, Any]]
+    references: list[str]
+    """Names of models that are evaluated as they are."""
     training: dict[str, Any]
     models: dict[str, ModelConfig]
     methods: dict[str, MethodConfig]
@@ -82,6 +87,7 @@ class SweepConfig(Part):
     storage: str
     sources: str
     offline: bool
+    leaks: Literal["refuse", "allow"]
     note: str
     overridden: list[str]
     """Dotted keys that the command line set."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from jmedlora.config.faults import Fault
-from jmedlora.config.parts import FILE_NAME, NAME, REPOSITORY
+from jmedlora.config.parts import COMMIT, FILE_NAME, NAME, REPOSITORY, URL
 
 PartT = TypeVar("PartT", bound=BaseModel)
 
@@ -136,9 +136,11 @@ _PATTERNS = {
     NAME: "a name of letters, digits, - and _",
     FILE_NAME: "a name of letters, digits, -, _ and . (not in front)",
     REPOSITORY: "owner/name",
+    COMMIT: "a commit of 40 hex digits",
+    URL: "an address that begins with http:// or https://",
 }
 _BUILTIN_TYPES = {"str", "int", "float", "bool", "dict", "list", "none"}
-_SOURCE_KINDS = {"hub", "path", "gguf", "random", "named"}
+_SOURCE_KINDS = {"hub", "path", "gguf", "random", "named", "api", "github", "dataset"}
 
 
 def _model_at(model: Any, path: list[str]) -> type[BaseModel] | None:

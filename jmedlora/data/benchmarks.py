@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jmedlora.config.benchmark import BenchmarkConfig, Filters
 from jmedlora.config.digest import digest, digest_rows
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.locate import bundled_file
-from jmedlora.config.parts import BenchmarkConfig, Filters
 from jmedlora.data.files import NotHereYet, add_fault, kind_of, locate_source, read_rows
 from jmedlora.data.rows import LETTERS, Question, is_unicode
 

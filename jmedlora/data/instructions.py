@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jmedlora.config.data import DataConfig
 from jmedlora.config.digest import digest_rows
 from jmedlora.config.faults import BadInput, Fault
-from jmedlora.config.parts import DataConfig
 from jmedlora.data.benchmarks import read_questions
 from jmedlora.data.files import NotHereYet, add_fault, kind_of, locate_source, read_rows
 from jmedlora.data.rows import Instruction, is_unicode

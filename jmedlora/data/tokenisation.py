@@ -9,9 +9,10 @@ import datasets
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from jmedlora.config.parts import PromptConfig
+from jmedlora.config.benchmark import PromptConfig
+from jmedlora.config.faults import BadInput, Fault
 from jmedlora.data.atomic import appearing
-from jmedlora.data.prompts import render_prompt
+from jmedlora.data.prompts import answer_of, render_messages, render_prompt
 from jmedlora.data.rows import Instruction
 
 _BLOCK_ROWS = 1000
@@ -20,12 +21,35 @@ _COLUMNS = datasets.Features(
 )
 
 
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, row: Instruction, examples: Sequence[Instruction] = ()) -> str:
+    """The text put before the model: the rendered template, or for a chat prompt the messages in the tokenizer's chat template.
+
+    Raises BadInput for a chat prompt where the tokenizer has no chat template, or one that does not take these messages.
+    """
+    if not prompt.chat:
+        return render_prompt(prompt, row, examples)
+    if not tokenizer.chat_template:
+        raise BadInput([Fault(f"prompt {prompt.name}", "chat", "the model has no chat template", "a prompt without chat, or a chat model")])
+    try:
+        text = tokenizer.apply_chat_template(render_messages(prompt, row, examples), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # the template is the model's program
+        raise BadInput([Fault(f"prompt {prompt.name}", "chat", f"the model's chat template refuses it: {error}")]) from None
+    assert isinstance(text, str)
+    return text
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, max_input_tokens: int | None) -> list[int]:
     """Token ids of a prompt, with what the tokenizer puts before a text (BOS) but nothing after it.
 
     A prompt longer than `max_input_tokens` keeps BOS and its last tokens, so that the mark before the answer survives.
     """
     return _cut_prompt(_opening(tokenizer), tokenizer(text, add_special_tokens=False).input_ids, max_input_tokens)
+
+
+def encode_choice(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a choice that follows a prompt directly, without an end-of-text token."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return ids
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, text: str, max_target_tokens: int) -> list[int]:
@@ -63,14 +87,14 @@ def _tokenised(
     blocks = []
     for start in range(0, len(rows), _BLOCK_ROWS):
         block = rows[start : start + _BLOCK_ROWS]
-        questions = tokenizer([render_prompt(prompt, row) for row in block], add_special_tokens=False).input_ids
-        answers = tokenizer([row.output for row in block], add_special_tokens=False).input_ids
+        questions = tokenizer([prompt_text(tokenizer, prompt, row) for row in block], add_special_tokens=False).input_ids
+        answers = tokenizer([answer_of(prompt, row) for row in block], add_special_tokens=False).input_ids
         columns: dict[str, list] = {"input_ids": [], "prompt_length": [], "truncated": []}
         for question, answer in zip(questions, answers, strict=True):
             asked = _cut_prompt(opening, question, max_input_tokens)
             columns["input_ids"].append([*asked, *answer[: max_target_tokens - 1], end])
             columns["prompt_length"].append(len(asked))
-            columns["truncated"].append(len(opening) + len(question) > max_input_tokens or len(answer) + 1 > max_target_tokens)
+            columns["truncated"].append(len(_cut_prompt(opening, question, None)) > max_input_tokens or len(answer) + 1 > max_target_tokens)
         blocks.append(datasets.Dataset.from_dict(columns, features=_COLUMNS))
     return datasets.concatenate_datasets(blocks)
 
@@ -97,6 +121,8 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _cut_prompt(opening: list[int], ids: list[int], max_input_tokens: int | None) -> list[int]:
+    if opening and ids[: len(opening)] == opening:  # a chat template has put it there itself
+        ids = ids[len(opening) :]
     room = None if max_input_tokens is None else max_input_tokens - len(opening)
     return [*opening, *(ids if room is None or len(ids) <= room else ids[len(ids) - room :])]
 

@@ -20,7 +20,7 @@ from jmedlora.data.benchmarks import load_benchmark
 from jmedlora.data.prompts import render_prompt
 from jmedlora.data.rows import LETTERS, Question
 from jmedlora.evaluation.generation import EncodedPrompts, decode_greedily, encode_prompts, max_prompt_tokens
-from jmedlora.evaluation.metrics import DEFAULT, MetricSettings, ResponseScore, score_response, summarise
+from jmedlora.evaluation.metrics import ResponseScore, score_response, summarise
 from jmedlora.models.adapters import adapter_digest, verify
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.source import materialise
@@ -78,7 +78,6 @@ class Evaluator:
         evaluation: EvaluationSpec,
         storage: Storage,
         on_progress: Callable[[int, int], None] | None = None,
-        metric_settings: MetricSettings = DEFAULT,
     ) -> dict[str, Any]:
         """Score the checkpoint of `run_key` after `step` steps, or the bare base model where `step` is 0.
 
@@ -102,7 +101,9 @@ class Evaluator:
             self.device,
             (lambda done: on_progress(done, total)) if on_progress else None,
         )
-        scores = [score_response(text, question, metric_settings) for text, question in zip(generation.texts, task.questions, strict=True)]
+        scores = [
+            score_response(text, question, evaluation.metrics) for text, question in zip(generation.texts, task.questions, strict=True)
+        ]
         metrics: dict[str, Any] = {
             "run_key": run_key,
             "step": step,
@@ -111,7 +112,7 @@ class Evaluator:
             "shots": evaluation.shots,
             "prompt": evaluation.prompt.name,
             **summarise(scores),
-            "metric_settings": metric_settings.model_dump(mode="json"),
+            "metric_settings": evaluation.metrics.model_dump(mode="json"),
             "scoring": evaluation.scoring,
             "adapter_digest": self._adapter_digest,
             "prompt_tokens": generation.prompt_tokens,

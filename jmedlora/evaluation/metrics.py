@@ -10,32 +10,11 @@ from math import fsum
 from cydifflib import SequenceMatcher
 from rapidfuzz.distance import Indel
 
-from jmedlora.config.parts import Part
+from jmedlora.config.benchmark import DEFAULT_METRICS, MetricSettings
 from jmedlora.data.rows import Question
 
 # The upper bound and the ratio are rounded differently: equal fractions may differ in their last digits.
 _BOUND_SLACK = 1e-9
-
-
-class MetricSettings(Part):
-    """How a stored prediction is scored; recorded with every result."""
-
-    autojunk: bool = False
-    """difflib's heuristic that ignores frequent characters once the second string has 200 or more."""
-    both_orders: bool = False
-    """Mean of ratio(response, choice) and ratio(choice, response), which may differ, instead of the first alone."""
-    first_line: bool = True
-    """Score only the first line of the response."""
-    nfkc: bool = False
-    """Compare after Unicode normalisation NFKC."""
-    remove_full_stops: bool = False
-    """Remove every ASCII full stop from the response and from the right answer, not from the choices."""
-
-
-DEFAULT = MetricSettings()
-HARNESS = MetricSettings(autojunk=True, both_orders=True, remove_full_stops=True)
-VARIANTS = {"default": DEFAULT, "harness": HARNESS}
-"""Named settings; `harness` is what the study's authors published later."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +28,12 @@ class ResponseScore:
     gestalt_score: float
 
 
-def gestalt_distance(response: str, choice: str, settings: MetricSettings = DEFAULT) -> float:
+def gestalt_distance(response: str, choice: str, settings: MetricSettings = DEFAULT_METRICS) -> float:
     """Ratcliff/Obershelp similarity of the two texts as they stand, 0 to 1; bit for bit that of difflib."""
+    if settings.order == "choice_response":
+        return SequenceMatcher(None, choice, response, settings.autojunk).ratio()
     ratio = SequenceMatcher(None, response, choice, settings.autojunk).ratio()
-    if settings.both_orders:
+    if settings.order == "mean":
         return (SequenceMatcher(None, choice, response, settings.autojunk).ratio() + ratio) / 2
     return ratio
 
@@ -69,7 +50,7 @@ def first_line_is_complete(text: str) -> bool:
     return begun.splitlines()[:1] != begun.splitlines(keepends=True)[:1]
 
 
-def nearest_choices(response: str, choices: Sequence[str], count: int, settings: MetricSettings = DEFAULT) -> tuple[int, ...]:
+def nearest_choices(response: str, choices: Sequence[str], count: int, settings: MetricSettings = DEFAULT_METRICS) -> tuple[int, ...]:
     """Positions of the `count` choices with the highest Gestalt distance, in ascending order; a tie goes to the earlier choice.
 
     The insertion-deletion similarity is never below the Gestalt distance, since matched blocks form a common
@@ -85,7 +66,7 @@ def nearest_choices(response: str, choices: Sequence[str], count: int, settings:
     return tuple(sorted(position for _, position in ranked[:count]))
 
 
-def score_response(response: str, question: Question, settings: MetricSettings = DEFAULT) -> ResponseScore:
+def score_response(response: str, question: Question, settings: MetricSettings = DEFAULT_METRICS) -> ResponseScore:
     """Score a decoded response to a question that has choices.
 
     The question counts as correct when the choices nearest to the response, as many as there are right answers, are

@@ -51,6 +51,8 @@ def materialise(model: ModelConfig, sources: Path, offline: bool) -> Path:
         return _checked_folder(model.name, sources / "models" / source.name)
     if source.kind == "gguf":
         return _gguf_folder(model.name, source)
+    if source.kind == "api":
+        raise SourceMissing(f"model {model.name}: behind {source.base_url}, without weights to load")
     return _random_folder(model, source)
 
 

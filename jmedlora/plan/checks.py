@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from jmedlora.config.benchmark import PromptConfig
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.locate import is_remote
-from jmedlora.config.parts import Architecture, PromptConfig
+from jmedlora.config.parts import ApiSource, Architecture, ModelConfig
 from jmedlora.config.run import RunSettings
 from jmedlora.config.sweep import SweepConfig
-from jmedlora.data.prompts import render_prompt
+from jmedlora.data.prompts import answer_of, render_messages, render_prompt
 from jmedlora.data.rows import Instruction, is_unicode
 from jmedlora.plan.shapes import linear_layers
 
@@ -61,24 +63,57 @@ def check_prompt(prompt: PromptConfig, faults: list[Fault]) -> None:
     if not is_unicode(prompt.template):
         faults.append(Fault(f"prompt {prompt.name}", "template", "not valid Unicode text"))
         return
-    row = Instruction("instruction-mark", "input-mark", "output-mark")
-    example = Instruction("example-instruction", "example-input", "example-output")
+    row = Instruction("instruction-mark", "choice-mark,other-mark", "", ("choice-mark", "other-mark"), "", 1)
+    example = Instruction("example-instruction", "example-choice", "example-output", ("example-choice",), "example-letters", 1)
     try:
-        text = render_prompt(prompt, row, [example])
+        text = "\n".join(message["content"] for message in render_messages(prompt, row, [example]))
         render_prompt(prompt, Instruction("x", "", "y"))
     except BadInput as bad:
         faults.extend(bad.faults)
         return
     for needed, what in (
-        (row.instruction, "{{ instruction }}"),
-        (row.input, "{{ input }}"),
-        (example.instruction, "the examples"),
-        (example.output, "the examples' output"),
+        ([row.instruction], "{{ instruction }}"),
+        (row.choices, "{{ input }} or the choices"),
+        ([example.instruction], "the examples"),
+        ([answer_of(prompt, example)], "the examples' answer"),
     ):
-        if needed not in text:
-            faults.append(
-                Fault(f"prompt {prompt.name}", "template", f"never shows {what}", "a template of instruction, input and examples")
-            )
+        if not all(part in text for part in needed):
+            allowed = "a template of instruction, input, choices, letters, count and examples"
+            faults.append(Fault(f"prompt {prompt.name}", "template", f"never shows {what}", allowed))
+
+
+def check_reference(model: ModelConfig, config: SweepConfig, faults: list[Fault]) -> None:
+    """What a model behind an address cannot do, and where it must not be asked."""
+    if not isinstance(model.source, ApiSource):
+        return
+    where, url = f"model {model.name}", urlsplit(model.source.base_url)
+    if "loglikelihood" in config.evaluate.scoring:
+        told = f"loglikelihood is not to be had from {model.name}: an address gives answers, not the choices' probabilities"
+        faults.append(Fault(config.file, "evaluate.scoring", told, "generate, or no reference behind an address"))
+    if config.offline and url.hostname not in ("localhost", "127.0.0.1", "::1"):
+        faults.append(
+            Fault(where, "source.base_url", f"{url.hostname} would be asked, and the sweep is offline", "a server on this machine")
+        )
+    if url.username or url.password:
+        faults.append(Fault(where, "source.base_url", "holds a user name or password", f"the key in {model.source.key_env}"))
+    for prompt in (config.prompts[name] for name in config.evaluation_prompts):
+        if prompt.chat and model.source.endpoint == "completions":
+            told = f"completions takes plain text, and prompt {prompt.name} is a chat"
+            faults.append(Fault(where, "source.endpoint", told, "chat, or a prompt without chat"))
+
+
+def check_chat(model: ModelConfig, folder: Path | None, config: SweepConfig, faults: list[Fault]) -> None:
+    """A chat prompt needs a model with a chat template, as far as its folder is known."""
+    chats = [prompt.name for prompt in config.prompts.values() if prompt.chat]
+    if not chats or folder is None or (folder / "chat_template.jinja").is_file():
+        return
+    try:
+        has_template = '"chat_template"' in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        has_template = False
+    if not has_template:
+        told = f"{model.name} has no chat template, which prompt {chats[0]} needs"
+        faults.append(Fault(config.file, "prompts", told, "prompts without chat, or a model with a chat template"))
 
 
 def check_run(run: RunSettings, config: SweepConfig, shape: Architecture | None, rows: int | None, faults: list[Fault]) -> None:
@@ -86,6 +121,10 @@ def check_run(run: RunSettings, config: SweepConfig, shape: Architecture | None,
 
     `shape` and `rows` are None where a fault in the model or the data has been told already.
     """
+    if config.models[run.model].is_api:
+        told = f"{run.model} is behind an address and cannot be tuned"
+        faults.append(Fault(config.file, "grid.model", told, "models with weights here (references: for others)"))
+        return
     workers = config.resources.workers_per_trial
     if run.batch_size < workers:
         faults.append(Fault(config.file, "training.batch_size", f"{run.batch_size} rows for {workers} workers", f"at least {workers}"))

@@ -6,13 +6,16 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from jmedlora.config.benchmark import BenchmarkConfig, PromptConfig, ScoringWay
 from jmedlora.config.digest import key_of
-from jmedlora.config.parts import BenchmarkConfig, MethodConfig, ModelConfig, Precision, PromptConfig
+from jmedlora.config.parts import MethodConfig, ModelConfig, Precision
 from jmedlora.config.run import RunSettings
 from jmedlora.data.prompts import prompt_digest
 
 # What neither the adapter nor its scores depend on beyond rounding.
 _NOT_IDENTITY = {"model", "method", "data", "prompt", "deepspeed", "micro_batch_size", "gradient_checkpointing"}
+_NOT_IN_SOURCE = {"key_env", "max_concurrency", "timeout_s", "max_retries", "max_tokens_field", "input_price", "output_price", "currency"}
+"""How a model behind an address is asked, and what it costs."""
 _DURATION = ("epochs", "max_steps")
 
 
@@ -21,7 +24,7 @@ def model_identity(model: ModelConfig, folder: Path | None = None) -> dict[str, 
 
     A local folder counts by the contents of its JSON files and the names and sizes of its weight files, not by where it lies.
     """
-    source = model.source.model_dump(mode="json", exclude={"trust_remote_code"})
+    source = model.source.model_dump(mode="json", exclude=_NOT_IN_SOURCE)
     if model.source.kind in ("path", "named") and folder is not None:
         source = {"kind": "folder", "files": _folder_facts(folder)}
     if model.source.kind == "gguf" and model.source.package is None:
@@ -63,16 +66,19 @@ def base_key(model: dict[str, Any], precision: Precision, double_quantisation: b
     return key_of({"model": model, "method": "base", **_load_identity(precision, double_quantisation)})
 
 
-def evaluation_key(benchmark: BenchmarkConfig, benchmark_digest: str, prompt: PromptConfig, shots: int, max_new_tokens: int) -> str:
-    """Identity of a way of scoring."""
+def evaluation_key(
+    benchmark: BenchmarkConfig, benchmark_digest: str, prompt: PromptConfig, shots: int, scoring: ScoringWay, max_new_tokens: int
+) -> str:
+    """Identity of a way of having answers; how they are scored is not part of it. Log-likelihoods know no bound on new tokens."""
+    greedy = {"greedy": True, "max_new_tokens": max_new_tokens, "stop": "marked line" if prompt.answer_marker else "line"}
     return key_of(
         {
             "benchmark": benchmark_digest,
             "filters": benchmark.filters.model_dump(mode="json"),
             "prompt": prompt_digest(prompt),
             "shots": shots,
-            "decoding": {"greedy": True, "max_new_tokens": max_new_tokens, "stop": "line"},
-            "scoring": "generate",
+            "decoding": greedy if scoring == "generate" else None,
+            "scoring": scoring,
         }
     )
 

@@ -6,22 +6,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from jmedlora.config.benchmark import BenchmarkConfig, PromptConfig
 from jmedlora.config.compose import load_sweep
+from jmedlora.config.data import DataConfig
 from jmedlora.config.digest import key_of
 from jmedlora.config.faults import BadInput, Fault
-from jmedlora.config.parts import Architecture, BenchmarkConfig, DataConfig, MethodConfig, ModelConfig, Precision, PromptConfig
+from jmedlora.config.parts import Architecture, MethodConfig, ModelConfig, Precision
 from jmedlora.config.run import RunSettings
 from jmedlora.config.sweep import SweepConfig, SweepFile
-from jmedlora.data.benchmarks import Benchmark, load_benchmark
+from jmedlora.data.benchmarks import load_benchmark
 from jmedlora.data.files import NotHereYet
 from jmedlora.data.instructions import load_instructions
 from jmedlora.data.prompts import render_prompt
 from jmedlora.data.rows import Instruction
-from jmedlora.plan.checks import check_prompt, check_run, check_storage, step_counts
+from jmedlora.plan.checks import check_chat, check_prompt, check_reference, check_run, check_storage, step_counts
+from jmedlora.plan.evaluations import plan_evaluations
 from jmedlora.plan.expand import expand_runs
-from jmedlora.plan.identity import base_key, evaluation_key, model_identity, run_key, trajectory_key
+from jmedlora.plan.identity import base_key, model_identity, run_key, trajectory_key
 from jmedlora.plan.shapes import architecture_of, model_parameters
-from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec, TrialSpec
+from jmedlora.plan.specs import BaseSpec, Plan, RunSpec, TrialSpec
 from jmedlora.plan.weights import WeightsFolder, locate_weights
 
 SAMPLE_ROWS = 200
@@ -62,6 +65,7 @@ class _Model:
     identity: dict[str, object]
     architecture: Architecture | None
     parameters: int
+    folder: Path | None
     is_here: bool
 
 
@@ -91,10 +95,14 @@ class _Planner:
         before = len(self.faults)
         for prompt in config.prompts.values():
             check_prompt(prompt, self.faults)
-        evaluations = self._evaluations() if len(self.faults) == before else []
+        evaluations = plan_evaluations(config, self.faults, self.missing) if len(self.faults) == before else []
         models = {name: self._model(model) for name, model in config.models.items()}
         data = {name: self._data(part) for name, part in config.data.items()}
         settings = expand_runs(config, self.faults)
+        for name in config.references:
+            check_reference(config.models[name], config, self.faults)
+        for model in models.values():
+            check_chat(model.config, model.folder, config, self.faults)
         for run in settings:
             check_run(run, config, models[run.model].architecture, data[run.data].known_rows, self.faults)
             self._check_checkpoints(run, data[run.data])
@@ -108,7 +116,7 @@ class _Planner:
         runs = list(by_key.values())
         return Plan(
             sweep=config.name,
-            bases=self._bases(runs, models),
+            bases=list({base.run_key: base for base in [*self._bases(runs, models), *self._references(models)]}.values()),
             runs=runs,
             evaluations=evaluations,
             trials=[self._trial([run]) for run in runs],
@@ -121,6 +129,8 @@ class _Planner:
     # -- sources
 
     def _model(self, model: ModelConfig) -> _Model:
+        if model.is_api:
+            return _Model(model, model_identity(model), None, 0, None, is_here=True)
         weights = locate_weights(model, self.config.sources_path, self.config.offline)
         if weights.fault:
             self.faults.append(weights.fault)
@@ -128,7 +138,7 @@ class _Planner:
             self.missing.append(weights.missing)
         architecture = architecture_of(model, weights.folder, self.faults)
         parameters = model_parameters(model.family, architecture) if architecture else 0
-        return _Model(model, self._identity(model, weights), architecture, parameters, is_here=not weights.missing)
+        return _Model(model, self._identity(model, weights), architecture, parameters, weights.folder, is_here=not weights.missing)
 
     def _identity(self, model: ModelConfig, weights: WeightsFolder) -> dict[str, object]:
         identity = model_identity(model, weights.folder)
@@ -148,40 +158,6 @@ class _Planner:
         except BadInput as bad:
             self.faults.extend(bad.faults)
             return _Data(part, "", [], 1, is_here=False)
-
-    def _evaluations(self) -> list[EvaluationSpec]:
-        specs = []
-        for part in self.config.benchmarks:
-            benchmark: Benchmark | None = None
-            try:
-                benchmark = load_benchmark(part, self.config.sources_path)
-            except NotHereYet as absent:
-                self.missing.append(str(absent))
-            except BadInput as bad:
-                self.faults.extend(bad.faults)
-                continue
-            most = max(self.config.shots)
-            if benchmark and most > len(benchmark.examples):
-                told = f"{most} is not possible with benchmark {part.name}, which has {len(benchmark.examples)} examples"
-                allowed = f"at most {len(benchmark.examples)}, or more examples (fewshot, fewshot_items)"
-                self.faults.append(Fault(self.config.file, "shots", told, allowed))
-            benchmark_digest = benchmark.digest if benchmark else f"not here yet: {part.name}"
-            for prompt in (self.config.prompts[name] for name in self.config.evaluation_prompts):
-                for shots in self.config.shots:
-                    specs.append(
-                        EvaluationSpec(
-                            evaluation_key=evaluation_key(part, benchmark_digest, prompt, shots, self.config.evaluate.max_new_tokens),
-                            benchmark=part,
-                            benchmark_digest=benchmark_digest,
-                            prompt_characters=_prompt_characters(benchmark, prompt, shots),
-                            questions=len(benchmark.questions) if benchmark else part.declared_questions or 0,
-                            shots=shots,
-                            prompt=prompt,
-                            max_new_tokens=self.config.evaluate.max_new_tokens,
-                            batch_size=self.config.evaluate.batch_size,
-                        )
-                    )
-        return specs
 
     # -- runs
 
@@ -249,6 +225,24 @@ class _Planner:
                 )
         return list(bases.values())
 
+    def _references(self, models: dict[str, _Model]) -> list[BaseSpec]:
+        """The models that are evaluated as they are: in the number format of the sweep's machines, or through their address."""
+        specs = []
+        for model in (models[name] for name in self.config.references):
+            compute: Literal["fp32", "bf16"] = "bf16" if self.config.resources.gpus_per_worker else "fp32"
+            precision: Precision = "api" if model.config.is_api else compute
+            specs.append(
+                BaseSpec(
+                    run_key=base_key(model.identity, precision, double_quantisation=True),
+                    model=model.config,
+                    precision=precision,
+                    compute_precision=compute,
+                    model_parameters=model.parameters,
+                    provisional=not model.is_here,
+                )
+            )
+        return specs
+
     def _trial(self, runs: list[RunSpec]) -> TrialSpec:
         resources = self.config.resources
         return TrialSpec(
@@ -258,14 +252,6 @@ class _Planner:
             cpus_per_worker=resources.cpus_per_worker,
             gpus_per_worker=resources.gpus_per_worker,
         )
-
-
-def _prompt_characters(benchmark: Benchmark | None, prompt: PromptConfig, shots: int) -> float:
-    if benchmark is None:
-        return UNKNOWN_ROW_CHARACTERS * (shots + 1)
-    examples = [example.as_instruction() for example in benchmark.examples[:shots]]
-    lengths = [len(render_prompt(prompt, question.as_instruction(), examples)) for question in benchmark.questions[:SAMPLE_ROWS]]
-    return sum(lengths) / len(lengths)
 
 
 def _notes_on_repeats(combinations: int, runs: int) -> list[str]:

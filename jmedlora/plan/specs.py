@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jmedlora.config.parts import BenchmarkConfig, DataConfig, DeepSpeedConfig, MethodConfig, ModelConfig, Part, Precision, PromptConfig
+from jmedlora.config.benchmark import DEFAULT_METRICS, BenchmarkConfig, MetricSettings, PromptConfig, ScoringWay
+from jmedlora.config.data import DataConfig
+from jmedlora.config.parts import DeepSpeedConfig, MethodConfig, ModelConfig, Part, Precision
 from jmedlora.config.run import RunSettings
-
-ScoringWay = Literal["generate"]
 
 
 class RunSpec(Part):
@@ -55,7 +55,7 @@ class BaseSpec(Part):
 
 
 class EvaluationSpec(Part):
-    """One way of scoring a checkpoint: benchmark x shots x prompt."""
+    """One way of scoring a checkpoint: benchmark x shots x prompt x way of having answers."""
 
     evaluation_key: str
     benchmark: BenchmarkConfig
@@ -66,6 +66,8 @@ class EvaluationSpec(Part):
     shots: Annotated[int, Field(ge=0)]
     prompt: PromptConfig
     scoring: ScoringWay = "generate"
+    metrics: MetricSettings = DEFAULT_METRICS
+    """How predictions are scored; not part of the identity, since stored predictions can be scored anew."""
     max_new_tokens: int
     batch_size: int
     """Prompts decoded at once; not part of the identity."""

@@ -7,8 +7,9 @@ from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
+from jmedlora.config.benchmark import BenchmarkConfig
+from jmedlora.config.data import DataConfig
 from jmedlora.config.digest import KEY_LENGTH
-from jmedlora.config.parts import BenchmarkConfig, DataConfig
 from jmedlora.plan.naming import epochs_of, number, targets_of
 from jmedlora.plan.records import Record
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec

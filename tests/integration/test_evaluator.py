@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from jmedlora.config.benchmark import HARNESS_METRICS, BenchmarkConfig, PromptConfig
 from jmedlora.config.faults import BadInput
-from jmedlora.config.parts import BenchmarkConfig, Family, ModelConfig, Precision, PromptConfig
+from jmedlora.config.parts import Family, ModelConfig, Precision
 from jmedlora.data.benchmarks import load_benchmark
 from jmedlora.data.prompts import render_prompt
 from jmedlora.evaluation.evaluator import AdapterDoesNotFit, AdapterHasNoEffect, Evaluator
-from jmedlora.evaluation.metrics import HARNESS, first_line_is_complete, score_response
+from jmedlora.evaluation.metrics import first_line_is_complete, score_response
 from jmedlora.models.adapters import AdapterDamaged, adapter_digest, save_adapter
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.source import materialise
@@ -302,7 +303,7 @@ def test_metric_settings_change_scores_and_not_predictions(case: Case) -> None:
     spec = evaluation()
     case.evaluator.evaluate(BASE, 0, spec, case.storage)
     plain = case.texts(0, spec, BASE)
-    metrics = case.evaluator.evaluate(BASE, 0, spec, case.storage, metric_settings=HARNESS)
+    metrics = case.evaluator.evaluate(BASE, 0, spec.model_copy(update={"metrics": HARNESS_METRICS}), case.storage)
     assert metrics["metric_settings"]["both_orders"] is True
     assert case.texts(0, spec, BASE) == plain
 

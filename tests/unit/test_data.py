@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jmedlora.config.benchmark import BenchmarkConfig, Filters, PromptConfig
 from jmedlora.config.compose import load_sweep
+from jmedlora.config.data import DataConfig
 from jmedlora.config.faults import BadInput, Fault
-from jmedlora.config.parts import BenchmarkConfig, DataConfig, Filters, NamedSource, PromptConfig
+from jmedlora.config.parts import NamedSource
 from jmedlora.data.benchmarks import load_benchmark, parse_question, read_questions
 from jmedlora.data.files import MAX_FAULTS_PER_FILE, NotHereYet
 from jmedlora.data.instructions import load_instructions
@@ -114,7 +116,11 @@ def test_questions_become_rows_answered_with_the_choices_text(tmp_path: Path) ->
     rows = [QUESTION, {**QUESTION, "problem_id": "115A2", "answer": ["c", "a"]}]
     path = write(tmp_path / "q.jsonl", rows)
     loaded = load_instructions(DataConfig(name="x", path=str(path), format="questions"), tmp_path)
-    assert loaded.rows == [Instruction("問い", "甲,乙,丙", "乙"), Instruction("問い", "甲,乙,丙", "甲,丙")]
+    choices = ("甲", "乙", "丙")
+    assert loaded.rows == [
+        Instruction("問い", "甲,乙,丙", "乙", choices, "b", 1),
+        Instruction("問い", "甲,乙,丙", "甲,丙", choices, "a,c", 2),
+    ]
 
 
 # ---------------------------------------------------------------- benchmarks

@@ -7,11 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jmedlora.config.benchmark import DEFAULT_METRICS, HARNESS_METRICS, MetricSettings
 from jmedlora.data.rows import Question
 from jmedlora.evaluation.metrics import (
-    DEFAULT,
-    HARNESS,
-    MetricSettings,
     first_line,
     first_line_is_complete,
     gestalt_distance,
@@ -38,7 +36,7 @@ def plain_nearest(response: str, choices: Sequence[str], count: int, metric: Met
 def test_known_values_show_the_order_of_the_arguments() -> None:
     assert gestalt_distance("tide", "diet") == 0.25
     assert gestalt_distance("diet", "tide") == 0.5
-    assert gestalt_distance("tide", "diet", MetricSettings(both_orders=True)) == 0.375
+    assert gestalt_distance("tide", "diet", MetricSettings(order="mean")) == 0.375
     assert gestalt_distance("", "壊血病") == 0
     assert gestalt_distance("", "") == 1
 
@@ -64,7 +62,7 @@ def test_autojunk_matters_from_200_characters_on() -> None:
     assert gestalt_distance("。" + text, text, AUTOJUNK) == 0
 
 
-@pytest.mark.parametrize("metric", [DEFAULT, AUTOJUNK, HARNESS], ids=["default", "autojunk", "harness"])
+@pytest.mark.parametrize("metric", [DEFAULT_METRICS, AUTOJUNK, HARNESS_METRICS], ids=["default", "autojunk", "harness"])
 @given(response=JAPANESE, choices=st.lists(JAPANESE, min_size=1, max_size=8), data=st.data())
 def test_pruning_never_changes_the_choice(metric: MetricSettings, response: str, choices: list[str], data: st.DataObject) -> None:
     choices += data.draw(st.lists(st.sampled_from(choices), max_size=3), label="repeated")
@@ -75,7 +73,7 @@ def test_pruning_never_changes_the_choice(metric: MetricSettings, response: str,
 @settings(max_examples=30, deadline=None)
 @given(response=LONG_JAPANESE, choices=st.lists(LONG_JAPANESE | JAPANESE, min_size=2, max_size=5))
 def test_pruning_never_changes_the_choice_for_long_texts(response: str, choices: list[str]) -> None:
-    for metric in (DEFAULT, HARNESS):
+    for metric in (DEFAULT_METRICS, HARNESS_METRICS):
         assert nearest_choices(response, choices, 2, metric) == plain_nearest(response, choices, 2, metric)
 
 
@@ -140,7 +138,7 @@ def test_nfkc_folds_both_sides() -> None:
 
 def test_the_harness_removes_full_stops_from_response_and_answer_but_not_from_choices() -> None:
     asked = question(["5.5", "55"], 0)
-    score = score_response("5.5.", asked, HARNESS)
+    score = score_response("5.5.", asked, HARNESS_METRICS)
     assert (score.response, score.exact_match, score.gestalt_score) == ("55", True, 1.0)
     assert (score.chosen, score.correct) == ((1,), False)
     assert score_response("5.5", asked).correct

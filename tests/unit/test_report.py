@@ -13,7 +13,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
-from jmedlora.config.parts import BenchmarkConfig, PromptConfig
+from jmedlora.config.benchmark import BenchmarkConfig, PromptConfig
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.naming import names_of
 from jmedlora.plan.specs import Plan

@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
-from jmedlora.config.parts import PromptConfig
+from jmedlora.config.benchmark import PromptConfig
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.records import read_training
 from jmedlora.plan.specs import Plan

@@ -1,4 +1,4 @@
-"""The command line. Heavy libraries are imported by the command that needs them."""
+"""The commands over sweeps: plan, sweep, submit, status, report, ui, and doctor."""
 
 from __future__ import annotations
 
@@ -11,32 +11,14 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from jmedlora import __version__
+from jmedlora.cli.common import HELD, INTERRUPTED, AsJson, Overrides, SweepArgument, page
 from jmedlora.config.compose import load_sweep
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.sweep import SweepConfig
 
-BAD_INPUT, HELD, INTERRUPTED = 2, 3, 130
-PAGE_WIDTH = 120
-
-app = typer.Typer(
-    name="jmedlora",
-    help="Sweeps of LoRA and QLoRA adapters for Japanese medicine: trained, evaluated and compared.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    add_completion=False,
-)
-
-SweepArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="A shipped sweep's name, or the path of a sweep file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the sweep, such as grid.rank=[8,64] storage=results.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Address = Annotated[str | None, typer.Option(help="A Ray cluster; left out: RAY_ADDRESS, or a Ray of its own on this machine.")]
 
 
-@app.command()
 def plan(sweep: SweepArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a sweep and show its runs, trials, memory, time and bytes on disk; starts nothing."""
     from jmedlora.plan.planner import open_sweep
@@ -46,10 +28,9 @@ def plan(sweep: SweepArgument, overrides: Overrides = None, as_json: AsJson = Fa
     if as_json:
         print(json.dumps(plan_as_json(planned, config), ensure_ascii=False, indent=1))
     else:
-        print_plan(planned, config, _console())
+        print_plan(planned, config, page())
 
 
-@app.command()
 def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = None) -> None:
     """Run a sweep, or go on with it: train, evaluate, track, report."""
     from jmedlora.plan.planner import open_sweep
@@ -63,7 +44,7 @@ def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = 
         from jmedlora.orchestrator.preflight import fetch_missing
 
         planned = fetch_missing(config, planned)
-    console = _console()
+    console = page()
     try:
         outcome = run_sweep(config, planned, address, console)
     except HeldByAnother as held:
@@ -76,7 +57,6 @@ def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = 
     raise typer.Exit(outcome.exit_code)
 
 
-@app.command()
 def submit(
     sweep: SweepArgument,
     overrides: Overrides = None,
@@ -92,7 +72,6 @@ def submit(
     raise typer.Exit(submit_sweep(sweep, overrides or [], address, wait))
 
 
-@app.command()
 def status(sweep: SweepArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show where a sweep stands, from storage."""
     from jmedlora.orchestrator.ledger import standing
@@ -112,7 +91,6 @@ def status(sweep: SweepArgument, overrides: Overrides = None, as_json: AsJson = 
         print(f"failed: {names[key]} ({key}): {' '.join(error.split())}")
 
 
-@app.command()
 def report(sweep: SweepArgument, overrides: Overrides = None) -> None:
     """Write tables, plots and the HTML page of a sweep again from what is stored."""
     from jmedlora.plan.layout import Storage
@@ -121,11 +99,10 @@ def report(sweep: SweepArgument, overrides: Overrides = None) -> None:
     config = _stored_config(sweep, overrides)
     planned = _stored_plan(config.storage_path, config.name)
     files = write_report(planned, Storage(config.storage_path))
-    _print_comparison(_console(), config.storage_path, config.name)
+    _print_comparison(page(), config.storage_path, config.name)
     print(f"report: {files.page}")
 
 
-@app.command()
 def ui(
     sweep: SweepArgument,
     overrides: Overrides = None,
@@ -140,7 +117,6 @@ def ui(
     raise typer.Exit(open_ui(Storage(config.storage_path), config.name, port))
 
 
-@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Tell what this machine can run, and what is missing for which method."""
     from jmedlora.orchestrator.doctor import examine, print_findings
@@ -149,19 +125,7 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(findings, ensure_ascii=False, indent=1))
     else:
-        print_findings(findings, _console())
-
-
-@app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    if version:
-        print(f"jmedlora {__version__}")
-        raise typer.Exit
-
-
-def _console() -> Console:
-    """The terminal, or a wide page where the output goes into a file or a log."""
-    return Console() if sys.stdout.isatty() else Console(width=PAGE_WIDTH)
+        print_findings(findings, page())
 
 
 def _stored_config(sweep: str, overrides: list[str] | None) -> SweepConfig:
@@ -206,17 +170,3 @@ def _print_comparison(console: Console, storage: Path, name: str) -> None:
     results = collect_results(_stored_plan(storage, name), Storage(storage))
     console.print(console_comparison(results))
     print_failures(results, console)
-
-
-def main() -> None:
-    """Entry point: bad input is told in one line per fault and ends with 2."""
-    try:
-        app()
-    except BadInput as bad:
-        for fault in bad.faults:
-            print(f"jmedlora: {fault}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-
-
-if __name__ == "__main__":
-    main()

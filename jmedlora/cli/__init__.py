@@ -1,0 +1,41 @@
+"""The command line: `app` with its commands, `main` with its exit codes. Heavy libraries are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from jmedlora import __version__
+from jmedlora.cli import sweeps
+from jmedlora.cli.common import BAD_INPUT
+from jmedlora.config.faults import BadInput
+
+app = typer.Typer(
+    name="jmedlora",
+    help="Sweeps of LoRA and QLoRA adapters for Japanese medicine: trained, evaluated and compared.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+for command in (sweeps.plan, sweeps.sweep, sweeps.submit, sweeps.status, sweeps.report, sweeps.ui, sweeps.doctor):
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"jmedlora {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: bad input is told in one line per fault and ends with 2."""
+    try:
+        app()
+    except BadInput as bad:
+        for fault in bad.faults:
+            print(f"jmedlora: {fault}", file=sys.stderr)
+        sys.exit(BAD_INPUT)

@@ -1,0 +1,3 @@
+from jmedlora.cli import main
+
+main()
