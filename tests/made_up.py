@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jmedlora.config.benchmark import BenchmarkConfig, PromptConfig
+from jmedlora.config.benchmark import BenchmarkConfig, PromptConfig, ScoringWay
 from jmedlora.config.data import DataConfig
+from jmedlora.config.digest import key_of
 from jmedlora.config.parts import DeepSpeedConfig, MethodConfig, ModelConfig, RandomSource
 from jmedlora.config.run import RunSettings
 from jmedlora.plan.layout import METRICS, PREDICTIONS, Storage
@@ -57,15 +59,19 @@ def run_spec(
     )
 
 
-def evaluation_spec(shots: int, benchmark: BenchmarkConfig = BENCHMARK, prompt: PromptConfig = PROMPT) -> EvaluationSpec:
+def evaluation_spec(
+    shots: int, benchmark: BenchmarkConfig = BENCHMARK, prompt: PromptConfig = PROMPT, scoring: ScoringWay = "generate"
+) -> EvaluationSpec:
+    usual = (benchmark.name, prompt.name, scoring) == (BENCHMARK.name, PROMPT.name, "generate")
     return EvaluationSpec(
-        evaluation_key=f"eval{shots:08d}",
+        evaluation_key=f"eval{shots:08d}" if usual else key_of([benchmark.name, prompt.name, scoring, shots]),
         benchmark=benchmark,
         benchmark_digest="b" * 64,
         questions=40,
         prompt_characters=200,
         shots=shots,
         prompt=prompt,
+        scoring=scoring,
         max_new_tokens=24,
         batch_size=8,
     )
@@ -145,6 +151,51 @@ def write_evaluation(
                 "gestalt_score": SequenceMatcher(None, response, answer, autojunk=False).ratio(),
             }
         )
+    return _write_evaluation(storage, run_key, step, evaluation, rows, time)
+
+
+def write_answers(
+    storage: Storage,
+    run_key: str,
+    step: int,
+    evaluation: EvaluationSpec,
+    correct: Iterable[bool],
+    gestalt_score: Iterable[float] | None = None,
+    exact_match: Iterable[bool] | None = None,
+    problem_ids: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """predictions.jsonl and metrics.json of given scores; Gestalt score and exact match follow the right answers unless given."""
+    correct = list(correct)
+    ids = [f"Q{index}" for index in range(len(correct))] if problem_ids is None else problem_ids
+    scores = zip(
+        ids,
+        correct,
+        correct if exact_match is None else exact_match,
+        correct if gestalt_score is None else gestalt_score,
+        strict=True,
+    )
+    rows = [
+        {
+            "problem_id": problem,
+            "question": f"{problem}はどれか。",
+            "prediction": "甲\n" if right else "乙\n",
+            "response": "甲" if right else "乙",
+            "answer": "甲",
+            "choices": ["甲", "乙"],
+            "chosen": ["a" if right else "b"],
+            "gold": ["a"],
+            "correct": bool(right),
+            "exact_match": bool(exact),
+            "gestalt_score": float(similarity),
+        }
+        for problem, right, exact, similarity in scores
+    ]
+    return _write_evaluation(storage, run_key, step, evaluation, rows, BEGINNING)
+
+
+def _write_evaluation(
+    storage: Storage, run_key: str, step: int, evaluation: EvaluationSpec, rows: list[dict[str, Any]], time: float
+) -> dict[str, Any]:
     metrics = {
         "run_key": run_key,
         "step": step,
@@ -157,7 +208,7 @@ def write_evaluation(
         "exact_match": sum(row["exact_match"] for row in rows) / len(rows),
         "gestalt_score": math.fsum(row["gestalt_score"] for row in rows) / len(rows),
         "metric_settings": {"autojunk": False},
-        "scoring": "generate",
+        "scoring": evaluation.scoring,
         "adapter_digest": None if step == 0 else "a" * 64,
         "prompt_tokens": 4000,
         "new_tokens": 600,

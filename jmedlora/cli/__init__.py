@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from jmedlora import __version__
-from jmedlora.cli import sweeps
+from jmedlora.cli import check, data, evaluate, sweeps
 from jmedlora.cli.common import BAD_INPUT
 from jmedlora.config.faults import BadInput
 
@@ -20,8 +20,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
-for command in (sweeps.plan, sweeps.sweep, sweeps.submit, sweeps.status, sweeps.report, sweeps.ui, sweeps.doctor):
+for command in (sweeps.plan, sweeps.sweep, sweeps.submit, sweeps.status, evaluate.evaluate, sweeps.report, sweeps.ui, sweeps.doctor):
     app.command()(command)
+data.app.command()(check.check)
+app.add_typer(data.app, name="data")
 
 
 @app.callback(invoke_without_command=True)

@@ -14,6 +14,7 @@ from rich.text import Text
 from jmedlora.cli.common import HELD, INTERRUPTED, AsJson, Overrides, SweepArgument, page
 from jmedlora.config.compose import load_sweep
 from jmedlora.config.faults import BadInput, Fault
+from jmedlora.config.locate import cache_dir
 from jmedlora.config.sweep import SweepConfig
 
 Address = Annotated[str | None, typer.Option(help="A Ray cluster; left out: RAY_ADDRESS, or a Ray of its own on this machine.")]
@@ -21,10 +22,13 @@ Address = Annotated[str | None, typer.Option(help="A Ray cluster; left out: RAY_
 
 def plan(sweep: SweepArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a sweep and show its runs, trials, memory, time and bytes on disk; starts nothing."""
+    from jmedlora.plan.leaks import is_small, refuse_leaks
     from jmedlora.plan.planner import open_sweep
     from jmedlora.plan.rendering import plan_as_json, print_plan
 
     config, planned = open_sweep(sweep, overrides)
+    if not planned.missing and all(is_small(run.rows, item.questions) for run in planned.runs for item in planned.evaluations):
+        refuse_leaks(config)  # what takes longer than a plan may is done when the sweep starts
     if as_json:
         print(json.dumps(plan_as_json(planned, config), ensure_ascii=False, indent=1))
     else:
@@ -36,6 +40,10 @@ def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = 
     from jmedlora.plan.planner import open_sweep
 
     config, planned = open_sweep(sweep, overrides)
+    from jmedlora.plan.leaks import refuse_leaks
+
+    if not planned.missing:
+        refuse_leaks(config, cache_dir())
     # what can be wrong is known by now: from here on the heavy libraries are worth their time
     from jmedlora.orchestrator.driver import run_sweep
     from jmedlora.orchestrator.ledger import HeldByAnother
@@ -44,6 +52,7 @@ def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = 
         from jmedlora.orchestrator.preflight import fetch_missing
 
         planned = fetch_missing(config, planned)
+        refuse_leaks(config, cache_dir())
     console = page()
     try:
         outcome = run_sweep(config, planned, address, console)

@@ -124,6 +124,8 @@ class PromptConfig(Part):
     """System message of a chat prompt."""
     answer_marker: str | None = None
     """The answer is what follows the last of these marks in the response; generation goes on over line breaks until it is there."""
+    answer_prefix: str = ""
+    """What stands between the prompt and its answer, such as the blank after `Answer:`."""
     max_new_tokens: Annotated[Whole, Field(ge=1)] | None = None
     """In place of the sweep's `evaluate.max_new_tokens`, where a prompt asks for more than the answer."""
     note: str = ""

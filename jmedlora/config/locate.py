@@ -1,8 +1,11 @@
-"""Where presets and bundled files lie, and how relative paths and named sources are found."""
+"""Where presets, bundled files and caches lie, and how paths and addresses are told apart."""
 
 from __future__ import annotations
 
+import os
+from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -34,3 +37,17 @@ def absolute(path: str, base: Path) -> str:
     if is_remote(path):
         return path
     return str((base / Path(path).expanduser()).resolve())
+
+
+def cache_dir() -> Path:
+    """Where converted models and tokenised data are kept: `$JMEDLORA_CACHE`, or `~/.cache/jmedlora`."""
+    return Path(os.environ.get("JMEDLORA_CACHE") or Path.home() / ".cache" / "jmedlora").expanduser()
+
+
+def is_loopback(url: str) -> bool:
+    """True for an address on this machine."""
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or host.endswith(".localhost") or ip_address(host).is_loopback
+    except ValueError:  # a name, or no address at all
+        return False

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-Family = Literal["llama", "gpt_neox", "api"]
+Family = Literal["llama", "gpt_neox", "other", "api"]
+"""`other`: any causal model that transformers knows, evaluated as it is and never tuned; `api`: a model behind an address."""
 Precision = Literal["fp32", "bf16", "nf4", "api"]
 """How base weights are held; `api`: elsewhere, behind an address."""
 Schedule = Literal["constant", "linear", "cosine"]

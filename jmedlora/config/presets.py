@@ -26,6 +26,11 @@ _LOCATION_KEYS = ("path", "bundled", "source")
 _EXAMPLE_KEYS = ("fewshot", "fewshot_bundled", "fewshot_items")
 
 
+def preset_names(group: str) -> list[str]:
+    """The shipped presets of a group."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
 @dataclass
 class PartReader:
     """Reads parts of any group; every fault is appended to `faults`."""

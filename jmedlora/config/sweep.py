@@ -27,6 +27,8 @@ class EvaluateConfig(Part):
     """`generate`: an answer is generated and compared; `loglikelihood`: each choice is weighed as a continuation of the prompt."""
     metrics: Literal["default", "harness"] | MetricSettings = "default"
     """How stored predictions are scored; may be changed after a sweep, which then scores again what it has stored."""
+    precision: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
+    """How models that are evaluated as they are get loaded; `auto`: bf16 where the sweep's workers have GPUs, else fp32."""
     max_new_tokens: Annotated[Whole, Field(ge=1)] = 64
     batch_size: Annotated[Whole, Field(ge=1)] = 16
 

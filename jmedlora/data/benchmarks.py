@@ -1,22 +1,27 @@
-"""Question sets in IgakuQA's format: reading, filtering, few-shot examples."""
+"""Benchmarks: the questions of a source that are evaluated, and the examples that few-shot prompts may show."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from jmedlora.config.benchmark import BenchmarkConfig, Filters
 from jmedlora.config.digest import digest, digest_rows
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.locate import bundled_file
-from jmedlora.data.files import NotHereYet, add_fault, kind_of, locate_source, read_rows
-from jmedlora.data.rows import LETTERS, Question, is_unicode
+from jmedlora.data.files import NotHereYet, add_fault, is_table, kind_of, locate_source, read_rows
+from jmedlora.data.questions import from_cells, parse_jmedbench, parse_question
+from jmedlora.data.rows import Question
+from jmedlora.data.selection import select, shuffle_choices
+from jmedlora.data.sidefiles import SUFFIXES, with_facts
 
 IGAKUQA_EXAMPLES = Path("scripts/prompts/prompt.jsonl")
-FIRST_EXAM_YEAR = 1906
-"""The exam's number plus this is its year: the 112th was held in 2018."""
+_INSIDE_CHECKOUT = re.compile(r"\.|data(/\d{4}(/[^/]+)?)?")
+"""Places in an IgakuQA checkout that a path may name: itself, `data`, a year, a section."""
+
+Format = Literal["questions", "jmedbench"]
 
 
 @dataclass(frozen=True)
@@ -30,214 +35,191 @@ class Benchmark:
     """Identity of questions and examples, in this order."""
 
 
-def load_benchmark(config: BenchmarkConfig, sources: Path) -> Benchmark:
-    """Reads, checks and filters a benchmark.
+@dataclass(frozen=True)
+class QuestionSource:
+    """Everything that stands at a place, before any filter."""
 
-    Raises BadInput with a fault per bad row, NotHereYet for a named source that is missing.
+    path: Path
+    questions: list[Question]
+    places: dict[str, str]
+    """`file:line` by id."""
+    notes: list[str]
+    """What was mended or left aside while reading, a line each, naming file and line."""
+
+
+def load_benchmark(config: BenchmarkConfig, sources: Path) -> Benchmark:
+    """Reads, checks and filters a benchmark, and shuffles choices where it says so.
+
+    Raises BadInput with a fault per bad row, NotHereYet for a source that is not in `sources` yet.
     """
-    given = [name for name in ("fewshot", "fewshot_bundled", "fewshot_items") if getattr(config, name)]
-    if len(given) > 1:
-        raise BadInput(
-            [
-                Fault(
-                    f"benchmark {config.name}",
-                    given[-1],
-                    f"given together with {given[0]}",
-                    "one of fewshot, fewshot_bundled and fewshot_items",
-                )
-            ]
-        )
-    named = sources / "benchmarks" / config.source.name if config.source else None
-    if named is not None and not kind_of(named):
-        raise NotHereYet(f"benchmark {config.name}: {named}")
-    path = locate_source(config.path, config.bundled, named)
+    source = open_source(config, sources)
     faults: list[Fault] = []
-    questions = read_questions(path, config.filters, faults)
-    examples = _examples(config, path, questions, faults)
-    example_ids = {example.problem_id for example in examples}
-    if config.fewshot_items:
-        questions = [question for question in questions if question.problem_id not in example_ids]
-    else:
-        overlap = sorted(example_ids & {question.problem_id for question in questions})
-        faults.extend(
-            Fault(str(path), "fewshot", f"example {item} is also evaluated", "examples from outside the evaluated questions")
-            for item in overlap
-        )
+    questions, examples = select_questions(config, source, faults)
+    for question in [*questions, *examples]:
+        _refuse_unaskable(question, source.places.get(question.problem_id, str(source.path)), faults)
     if not questions and not faults:
-        faults.append(Fault(str(path), "filters", "no question is left", "filters that keep at least one question"))
+        faults.append(Fault(str(source.path), "filters", "no question is left", "filters that keep at least one question"))
     if faults:
         raise BadInput(faults)
+    if config.shuffle is not None:
+        questions = [shuffle_choices(question, config.shuffle) for question in questions]
     identity = digest_rows(question.as_dict() for question in questions)
     return Benchmark(config.name, questions, examples, digest([identity, [example.as_dict() for example in examples]]))
 
 
+def read_all_questions(config: BenchmarkConfig, sources: Path) -> list[Question]:
+    """Every question of a benchmark's source, without its filters: also those with numeric answers or blank choices.
+
+    Raises BadInput and NotHereYet as `load_benchmark` does.
+    """
+    return open_source(config, sources).questions
+
+
+def open_source(config: BenchmarkConfig, sources: Path) -> QuestionSource:
+    """What stands at a benchmark's place; raises BadInput and NotHereYet as `load_benchmark` does."""
+    path = place_of(config, sources)
+    if config.source and not kind_of(path):
+        how = "" if config.source.kind == "named" else f"; `jmedlora data fetch {config.name}` brings it"
+        raise NotHereYet(f"benchmark {config.name}: {path}{how}")
+    faults: list[Fault] = []
+    source = read_source(path, config.format, faults)
+    if faults:
+        raise BadInput(faults)
+    return source
+
+
+def place_of(config: BenchmarkConfig, sources: Path) -> Path:
+    """The file or folder that a benchmark is read from, whether or not it is there yet."""
+    return locate_source(config.path, config.bundled, sources / "benchmarks" / config.source.name if config.source else None)
+
+
+def select_questions(config: BenchmarkConfig, source: QuestionSource, faults: list[Fault]) -> tuple[list[Question], list[Question]]:
+    """The questions that pass a benchmark's filters, and its examples, which are never among them, by id or by text."""
+    where = str(source.path)
+    given = [name for name in ("fewshot", "fewshot_bundled", "fewshot_items") if getattr(config, name)]
+    if len(given) > 1:
+        told = f"given together with {given[0]}"
+        faults.append(Fault(f"benchmark {config.name}", given[-1], told, "one of fewshot, fewshot_bundled and fewshot_items"))
+        return [], []
+    examples = _named_examples(config, source, faults) if config.fewshot_items else _brought_examples(config, source.path, faults)
+    ids, texts = {example.problem_id for example in examples}, {example.text for example in examples}
+    if config.fewshot_items:
+        ids |= {question.problem_id for question in source.questions if question.text in texts}
+        return select(source.questions, config.filters, where, faults, frozenset(ids)), examples
+    questions = select(source.questions, config.filters, where, faults)
+    allowed = "examples from outside the evaluated questions (or leave the question out by filters.exclude)"
+    for question in questions:
+        if question.problem_id in ids:
+            faults.append(Fault(where, "fewshot", f"example {question.problem_id} is also evaluated", allowed))
+        elif question.text in texts:
+            faults.append(Fault(where, "fewshot", f"an example has the text of {question.problem_id}, which is evaluated", allowed))
+    return questions, examples
+
+
 def read_questions(path: Path, filters: Filters, faults: list[Fault]) -> list[Question]:
-    """The questions at `path` (a file, or a folder in IgakuQA's layout) that pass the filters, in the files' order."""
-    rows: list[tuple[str, Question]] = []
+    """The questions at `path` (a file, or a folder in IgakuQA's layout) that pass the filters and can be asked, in the files' order."""
     before = len(faults)
-    seen: dict[str, str] = {}
-    for file in question_files(path, filters.years, faults):
-        start = len(faults)
-        for where, row in read_rows(file, faults):
-            question = parse_question(where, row, _year_of(file, row), faults)
-            if question is None:
-                if len(faults) - start >= 20:
-                    break
-                continue
-            if question.problem_id in seen:
-                add_fault(
-                    faults,
-                    start,
-                    Fault(where, "problem_id", f"{question.problem_id} stands at {seen[question.problem_id]} already", "each id once"),
-                )
-                continue
-            seen[question.problem_id] = where
-            if _passes(question, filters):
-                rows.append((where, question))
-    if not seen and len(faults) == before:
+    source = read_source(path, "questions", faults)
+    if len(faults) > before:
+        return source.questions  # what filters name may stand in a row that could not be read
+    questions = select(source.questions, filters, str(path), faults)
+    for question in questions:
+        _refuse_unaskable(question, source.places[question.problem_id], faults)
+    return questions
+
+
+def read_source(path: Path, form: Format, faults: list[Fault]) -> QuestionSource:
+    """Every question at `path` with what is known beside it; each row is a question or has a fault, at most 20 a file."""
+    before = len(faults)
+    questions: list[Question] = []
+    places: dict[str, str] = {}
+    notes: list[str] = []
+    for file in question_files(path, form, faults):
+        own = _read_file(file, form, places, faults, notes)
+        questions += with_facts(file, own, faults, notes) if form == "questions" else own
+    if not questions and len(faults) == before:
         faults.append(Fault(str(path), "", "no questions", "at least one question"))
-    # questions of other years stand in files that are not read
-    if len(faults) == before and (filters.years is None or kind_of(path) == "file"):
-        faults.extend(
-            Fault(str(path), "filters.exclude", f"no question {item}", "ids of questions that are here")
-            for item in filters.exclude
-            if item not in seen
-        )
-    if filters.first is not None:
-        rows = rows[: filters.first]
-    for where, question in rows:
-        if not question.gold:
-            faults.append(Fault(where, "choices", "no choices to choose from", "questions with choices (set filters.choices)"))
-        elif not all(question.choices):
-            # the exam has a question whose choices are all in its picture
-            faults.append(
-                Fault(where, "choices", "a choice without text", "texts (leave the question out by filters.exclude or text_only)")
-            )
-    return [question for _, question in rows]
+    return QuestionSource(path, questions, places, notes)
 
 
-def question_files(path: Path, years: list[int] | None, faults: list[Fault]) -> list[Path]:
+def question_files(path: Path, form: Format, faults: list[Fault]) -> list[Path]:
     """The question files of a folder: `data/<year>/*.jsonl` of a checkout, or the folder's own; without metadata and translations."""
-    if kind_of(path) == "file":
+    kind = kind_of(path)
+    if kind == "file":
         return [path]
-    if kind_of(path) != "folder":
-        faults.append(Fault(str(path), "", "does not exist", "a JSON Lines file, or a folder of them"))
+    if kind != "folder":
+        faults.append(Fault(str(path), "", "does not exist", "a file of questions, or a folder of them"))
         return []
-    root = path / "data" if (path / "data").is_dir() else path
-    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and re.fullmatch(r"\d{4}", folder.name)) or [root]
-    here = [int(folder.name) for folder in folders if folder.name.isdigit()]
-    for year in years or []:
-        if here and year not in here:
-            faults.append(Fault(str(root), "filters.years", f"{year} is not here", ", ".join(map(str, here))))
-    files = [
-        file
-        for folder in folders
-        if not (years and folder.name.isdigit() and int(folder.name) not in years)
-        for file in sorted(folder.glob("*.jsonl"))
-    ]
-    files = [file for file in files if not file.stem.endswith(("_metadata", "_translate"))]
-    if not files and not faults:
+    if form == "jmedbench":
+        faults.append(Fault(str(path), "", "is a folder", "one file of the question set: its folder holds training rows as well"))
+        return []
+    try:
+        root = path / "data" if (path / "data").is_dir() else path
+        folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and re.fullmatch(r"\d{4}", folder.name)) or [root]
+        files = [file for folder in folders for file in sorted(folder.glob("*.jsonl")) if not file.stem.endswith(SUFFIXES)]
+    except OSError as error:
+        faults.append(Fault(str(path), "", f"cannot be read: {error.strerror}", "a folder that can be read"))
+        return []
+    if not files:
         faults.append(Fault(str(path), "", "no question files in this folder", "a JSON Lines file, or a folder of them"))
     return files
 
 
-def parse_question(where: str, row: dict[str, Any], year: int | None, faults: list[Fault]) -> Question | None:
-    """One row as a question, or None with its faults appended.
-
-    Questions without choices (numeric answers) are read with no gold positions; of `a or d` both are right.
-    """
+def _read_file(file: Path, form: Format, places: dict[str, str], faults: list[Fault], notes: list[str]) -> list[Question]:
     start = len(faults)
-    problem_id, text, choices, answer = (row.get(key) for key in ("problem_id", "problem_text", "choices", "answer"))
-    if not isinstance(problem_id, str) or not problem_id:
-        faults.append(Fault(where, "problem_id", _found(row, "problem_id"), "a text that is not empty"))
-    if not isinstance(text, str) or not text.strip():
-        faults.append(Fault(where, "problem_text", _found(row, "problem_text"), "a text that is not empty"))
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices) or len(choices) > len(LETTERS):
-        faults.append(Fault(where, "choices", _found(row, "choices"), f"a list of at most {len(LETTERS)} texts"))
-        choices = None
-    elif len(choices) == 1:
-        faults.append(Fault(where, "choices", "only one choice", f"2 to {len(LETTERS)} texts, or none"))
-    if not isinstance(answer, list) or not answer or not all(isinstance(letter, str) for letter in answer):
-        faults.append(Fault(where, "answer", _found(row, "answer"), "a list of letters"))
-        answer = None
-    if not isinstance(row.get("text_only", True), bool):
-        faults.append(Fault(where, "text_only", _found(row, "text_only"), "true or false"))
-    for key, texts in (("problem_id", [problem_id]), ("problem_text", [text]), ("choices", choices or [])):
-        if not all(is_unicode(item) for item in texts if isinstance(item, str)):
-            faults.append(Fault(where, key, f"{row[key]!r:.60} is not valid Unicode text"))
-    gold: list[tuple[int, ...]] = []
-    if choices and answer:
-        letters = LETTERS[: len(choices)]
-        for alternative in _alternatives(answer):
-            wrong = [letter for letter in alternative if len(letter) != 1 or letter not in letters]
-            if not alternative:
-                faults.append(Fault(where, "answer", f"{answer!r:.60} names no choice", f"letters of {letters[0]} to {letters[-1]}"))
-                break
-            if wrong or len(set(alternative)) != len(alternative):
-                faults.append(
-                    Fault(
-                        where,
-                        "answer",
-                        f"{answer!r} is not among the {len(choices)} choices",
-                        f"different letters of {letters[0]} to {letters[-1]}",
-                    )
-                )
-                break
-            gold.append(tuple(sorted(letters.index(letter) for letter in alternative)))
-    if len(faults) > start:
-        return None
-    assert isinstance(problem_id, str)
-    assert isinstance(text, str)
-    return Question(
-        problem_id,
-        text.strip(),
-        tuple(choice.strip() for choice in choices or []),
-        gold[0] if gold else (),
-        year,
-        row.get("text_only", True),
-        tuple(gold[1:]),
-    )
+    year = int(file.parent.name) if re.fullmatch(r"\d{4}", file.parent.name) else None
+    questions: list[Question] = []
+    for where, row in read_rows(file, faults):
+        found: list[Fault] = []
+        if form == "jmedbench":
+            question = parse_jmedbench(where, row, found, notes)
+        else:
+            question = parse_question(where, from_cells(where, row, found) if is_table(file) else row, year, found, notes)
+        if question and question.problem_id in places:
+            key = "sample_id" if form == "jmedbench" else "problem_id"
+            told = f"{question.problem_id} stands at {places[question.problem_id]} already"
+            found.append(Fault(where, key, told, "each id once"))
+        if question and not found:
+            places[question.problem_id] = where
+            questions.append(question)
+        if any(not add_fault(faults, start, fault) for fault in found):
+            break
+    return questions
 
 
-def _alternatives(answer: list[str]) -> list[list[str]]:
-    """`["a or d"]` accepts either letter; everything else is one set of letters."""
-    if len(answer) == 1 and " or " in answer[0]:
-        return [[letter.strip()] for letter in answer[0].split(" or ")]
-    return [[letter for letter in answer if letter.strip(", ")]]  # JJSIMQA has a row with a stray comma among its letters
+def _refuse_unaskable(question: Question, where: str, faults: list[Fault]) -> None:
+    if not question.gold:
+        faults.append(Fault(where, "choices", "no choices to choose from", "questions with choices (set filters.choices)"))
+    elif not all(question.choices):
+        # the exam has a question whose choices are all in its picture
+        allowed = "texts (leave the question out by filters.exclude or text_only)"
+        faults.append(Fault(where, "choices", "a choice without text", allowed))
 
 
-def _found(row: dict[str, Any], key: str) -> str:
-    return f"{row[key]!r:.60} is not allowed" if key in row else "missing"
+def _named_examples(config: BenchmarkConfig, source: QuestionSource, faults: list[Fault]) -> list[Question]:
+    by_id = {question.problem_id: question for question in source.questions}
+    for item in dict.fromkeys(config.fewshot_items):
+        if item not in by_id:
+            faults.append(Fault(str(source.path), "fewshot_items", f"no question {item}", "ids of questions that are here"))
+        elif config.fewshot_items.count(item) > 1:
+            faults.append(Fault(f"benchmark {config.name}", "fewshot_items", f"{item} twice", "each id once"))
+    return [by_id[item] for item in config.fewshot_items if item in by_id]
 
 
-def _year_of(file: Path, row: dict[str, Any]) -> int | None:
-    if re.fullmatch(r"\d{4}", file.parent.name):
-        return int(file.parent.name)
-    exam = re.match(r"(\d{3})[A-Z]", str(row.get("problem_id", "")))
-    return int(exam.group(1)) + FIRST_EXAM_YEAR if exam else None
-
-
-def _passes(question: Question, filters: Filters) -> bool:
-    return (
-        (filters.years is None or question.year in filters.years)
-        and (filters.text_only is None or question.text_only == filters.text_only)
-        and (filters.choices is None or len(question.choices) == filters.choices)
-        and (filters.answers is None or len(question.gold) == filters.answers)
-        and question.problem_id not in filters.exclude
-    )
-
-
-def _examples(config: BenchmarkConfig, path: Path, questions: list[Question], faults: list[Fault]) -> list[Question]:
-    if config.fewshot_items:
-        by_id = {question.problem_id: question for question in questions}
-        missing = [item for item in config.fewshot_items if item not in by_id]
-        faults.extend(
-            Fault(str(path), "fewshot_items", f"no question {item}", "ids of questions that pass the filters") for item in missing
-        )
-        return [by_id[item] for item in config.fewshot_items if item in by_id]
+def _brought_examples(config: BenchmarkConfig, path: Path, faults: list[Fault]) -> list[Question]:
+    """Examples from a file of their own; an IgakuQA checkout has three."""
     if config.fewshot is not None:
-        return read_questions(Path(config.fewshot), Filters(), faults)
+        return read_source(Path(config.fewshot), config.format, faults).questions
     if config.fewshot_bundled is not None:
-        return read_questions(bundled_file(config.fewshot_bundled), Filters(), faults)
-    own = path / IGAKUQA_EXAMPLES
-    return read_questions(own, Filters(), faults) if kind_of(own) == "file" else []
+        return read_source(bundled_file(config.fewshot_bundled), "questions", faults).questions
+    own = _examples_of_checkout(path) if config.format == "questions" else None
+    return read_source(own, "questions", faults).questions if own else []
+
+
+def _examples_of_checkout(path: Path) -> Path | None:
+    place = path.absolute()
+    for folder in [place, *place.parents][:4]:
+        examples = folder / IGAKUQA_EXAMPLES
+        if _INSIDE_CHECKOUT.fullmatch(place.relative_to(folder).as_posix()) and kind_of(examples) == "file":
+            return examples
+    return None

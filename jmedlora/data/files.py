@@ -1,16 +1,25 @@
-"""Reading JSON rows with file and line at hand for whoever has to mend them."""
+"""Reading rows from files, with file and line at hand for whoever has to mend them."""
 
 from __future__ import annotations
 
+import codecs
+import csv
+import io
 import json
+import re
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from jmedlora.config.faults import Fault
+from jmedlora.config.faults import Fault, first_line
 from jmedlora.config.locate import bundled_file
 
 MAX_FAULTS_PER_FILE = 20
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
+_SHOWN.maxlist = 10
 
 
 class NotHereYet(Exception):
@@ -35,32 +44,76 @@ def kind_of(path: Path) -> Literal["file", "folder", ""]:
         return ""
 
 
-def read_rows(path: Path, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (`file:line`, row) of a JSON Lines file, or (`file[position]`, row) of a JSON list; blank lines are skipped.
+def is_table(path: Path) -> bool:
+    """True for CSV, whose cells are all texts."""
+    return path.suffix.lower() == ".csv"
 
-    What is not a JSON object becomes a fault, at most 20 a file.
+
+def read_rows(path: Path, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields a file's rows with their places; which format it is, its ending says.
+
+    `.csv`: (`file:line`, row) with texts alone, the line being the one where the row begins; `.parquet`: (`file[position]`, row);
+    else JSON Lines: (`file:line`, row), or a JSON list: (`file[position]`, row). Blank lines, and CSV rows of empty cells, are skipped.
+    What is not a row becomes a fault, at most 20 a file.
     """
-    name = str(path)
+    if path.suffix.lower() == ".parquet":
+        yield from _parquet_rows(path, faults)
+        return
+    text = _text_of(path, faults)
+    if text is None:
+        return
+    if is_table(path):
+        yield from _csv_rows(str(path), text, faults)
+    elif text.lstrip().startswith("["):
+        yield from _listed_rows(str(path), text, faults)
+    else:
+        yield from _json_lines(str(path), text, faults)
+
+
+def add_fault(faults: list[Fault], start: int, fault: Fault) -> bool:
+    """Appends a row's fault; after 20 since `start`, says that there may be more and returns False."""
+    faults.append(fault)
+    if len(faults) - start >= MAX_FAULTS_PER_FILE:
+        file = re.sub(r"(:\d+|\[\d+\])$", "", fault.where)
+        faults.append(Fault(file, "", f"stopped after {MAX_FAULTS_PER_FILE} faults; there may be more"))
+        return False
+    return True
+
+
+def shown(value: Any) -> str:
+    """A value as told in a fault: short, whatever its size or depth."""
+    return f"{_SHOWN.repr(value):.60}"
+
+
+def _text_of(path: Path, faults: list[Fault]) -> str | None:
+    """The file's text without a byte order mark, or None with a fault."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
     except (OSError, ValueError) as error:
-        faults.append(Fault(name, "", f"cannot be read: {error}", "a UTF-8 file of JSON rows"))
-        return
+        faults.append(Fault(str(path), "", f"cannot be read: {error}", "a UTF-8 file of rows"))
+        return None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        allowed = "a UTF-8 file (in Excel: save as `CSV UTF-8`)" if is_table(path) else "a UTF-8 file"
+        faults.append(Fault(f"{path}:{line}", "", f"not UTF-8{_likely_encoding(content)}", allowed))
+        return None
+
+
+def _likely_encoding(content: bytes) -> str:
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return ": it begins like UTF-16"
+    try:
+        content.decode("cp932")
+    except UnicodeDecodeError:
+        return ""
+    return ": it reads as cp932 (Shift_JIS)"
+
+
+def _json_lines(name: str, text: str, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Any]]]:
     start = len(faults)
-    if text.lstrip().startswith("["):
-        try:
-            items: list[tuple[str, Any]] = [(f"{name}[{i}]", item) for i, item in enumerate(json.loads(text))]
-        except (ValueError, RecursionError) as error:
-            line_number = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-            faults.append(Fault(f"{name}{line_number}", "", _not_json(error), "a JSON list of objects, or an object a line"))
-            return
-        for where, item in items:
-            if isinstance(item, dict):
-                yield where, item
-            elif not add_fault(faults, start, Fault(where, "", "not an object", "a JSON object")):
-                return
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # a line of JSON may hold other separators, such as U+2028
         if not line.strip():
             continue
         where = f"{name}:{number}"
@@ -76,14 +129,77 @@ def read_rows(path: Path, faults: list[Fault]) -> Iterator[tuple[str, dict[str, 
             return
 
 
+def _listed_rows(name: str, text: str, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Any]]]:
+    start = len(faults)
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if _is_first_line(text, error):
+            yield from _json_lines(name, text, faults)
+            return
+        line_number = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        faults.append(Fault(f"{name}{line_number}", "", _not_json(error), "a JSON list of objects, or an object a line"))
+        return
+    for position, item in enumerate(items):
+        where = f"{name}[{position}]"
+        if isinstance(item, dict):
+            yield where, item
+        elif not add_fault(faults, start, Fault(where, "", "not an object", "a JSON object")):
+            return
+
+
+def _is_first_line(text: str, error: Exception) -> bool:
+    """Whether the list that a file begins with is only its first line, so that the file is JSON Lines."""
+    if not (isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"):
+        return False
+    head = text[: error.pos].lstrip()
+    return "\n" in head and "\n" not in head.rstrip()
+
+
+def _csv_rows(name: str, text: str, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Any]]]:
+    start = len(faults)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    before = 0
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            where, before = f"{name}:{before + 1}", reader.line_num
+            told = Fault(where, "", f"not CSV: {error}", "CSV with quotes around cells that need them")
+            if not add_fault(faults, start, told) or header is None:
+                return
+            continue
+        where, before = f"{name}:{before + 1}", reader.line_num
+        if cells is None:
+            return
+        if not any(cell.strip() for cell in cells):
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            if twice := sorted({column for column in header if column and header.count(column) > 1}):
+                faults.append(Fault(where, twice[0], "two columns of this name", "each column once"))
+                return
+        elif len(cells) < len(header) or any(cell.strip() for cell in cells[len(header) :]):
+            problem = f"{len(cells)} cells under {len(header)} columns"
+            if not add_fault(faults, start, Fault(where, "", problem, "a cell for every column")):
+                return
+        else:
+            yield where, {column: cell for column, cell in zip(header, cells) if column}
+
+
+def _parquet_rows(path: Path, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Any]]]:
+    from pyarrow import ArrowException  # slow to import, and most files are not Parquet
+    from pyarrow.parquet import read_table
+
+    try:
+        rows = read_table(path).to_pylist()
+    except (ArrowException, OSError, ValueError, TypeError) as error:
+        faults.append(Fault(str(path), "", f"cannot be read: {first_line(error)}", "a Parquet file"))
+        return
+    for position, row in enumerate(rows):
+        yield f"{path}[{position}]", row
+
+
 def _not_json(error: Exception) -> str:
     return f"not JSON: {error.msg if isinstance(error, json.JSONDecodeError) else error}"
-
-
-def add_fault(faults: list[Fault], start: int, fault: Fault) -> bool:
-    """Appends a row's fault; after 20 since `start`, says that there may be more and returns False."""
-    faults.append(fault)
-    if len(faults) - start >= MAX_FAULTS_PER_FILE:
-        faults.append(Fault(fault.where.rsplit(":", 1)[0], "", f"stopped after {MAX_FAULTS_PER_FILE} faults; there may be more"))
-        return False
-    return True

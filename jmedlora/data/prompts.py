@@ -56,6 +56,11 @@ def answer_of(prompt: PromptConfig, row: Instruction) -> str:
     return row.letters if prompt.answer == "letters" and row.letters else row.output
 
 
+def target_of(prompt: PromptConfig, row: Instruction) -> str:
+    """What follows the prompt where it is answered rightly: what a run is trained on, and what likelihoods are asked of."""
+    return prompt.answer_prefix + (prompt.answer_marker or "") + answer_of(prompt, row)
+
+
 def render_prompt(prompt: PromptConfig, row: Instruction, examples: Sequence[Instruction] = ()) -> str:
     """The text put before the model; the answer follows it directly. Of a chat prompt: the user's message.
 
@@ -81,7 +86,7 @@ def render_messages(prompt: PromptConfig, row: Instruction, examples: Sequence[I
     turns = [{"role": "system", "content": prompt.system}] if prompt.system else []
     for example in examples:
         turns.append({"role": "user", "content": render_prompt(prompt, example).rstrip()})
-        turns.append({"role": "assistant", "content": (prompt.answer_marker or "") + answer_of(prompt, example)})
+        turns.append({"role": "assistant", "content": target_of(prompt, example).strip()})
     return [*turns, {"role": "user", "content": render_prompt(prompt, row).rstrip()}]
 
 

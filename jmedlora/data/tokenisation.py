@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from jmedlora.config.benchmark import PromptConfig
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.data.atomic import appearing
-from jmedlora.data.prompts import answer_of, render_messages, render_prompt
+from jmedlora.data.prompts import render_messages, render_prompt, target_of
 from jmedlora.data.rows import Instruction
 
 _BLOCK_ROWS = 1000
@@ -38,12 +38,13 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, row: I
     return text
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, max_input_tokens: int | None) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, max_input_tokens: int | None, is_chat: bool = False) -> list[int]:
     """Token ids of a prompt, with what the tokenizer puts before a text (BOS) but nothing after it.
 
-    A prompt longer than `max_input_tokens` keeps BOS and its last tokens, so that the mark before the answer survives.
+    Of a chat prompt, whose template writes its own special tokens, nothing is added. A prompt longer than `max_input_tokens`
+    keeps BOS and its last tokens, so that the mark before the answer survives.
     """
-    return _cut_prompt(_opening(tokenizer), tokenizer(text, add_special_tokens=False).input_ids, max_input_tokens)
+    return _cut_prompt(_opening(tokenizer, is_chat), tokenizer(text, add_special_tokens=False).input_ids, max_input_tokens)
 
 
 def encode_choice(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -83,18 +84,18 @@ def tokenise_rows(
 def _tokenised(
     rows: Sequence[Instruction], prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase, max_input_tokens: int, max_target_tokens: int
 ) -> datasets.Dataset:
-    opening, end = _opening(tokenizer), _end_of_text(tokenizer)
+    opening, end = _opening(tokenizer, prompt.chat), _end_of_text(tokenizer)
     blocks = []
     for start in range(0, len(rows), _BLOCK_ROWS):
         block = rows[start : start + _BLOCK_ROWS]
         questions = tokenizer([prompt_text(tokenizer, prompt, row) for row in block], add_special_tokens=False).input_ids
-        answers = tokenizer([answer_of(prompt, row) for row in block], add_special_tokens=False).input_ids
+        answers = tokenizer([target_of(prompt, row) for row in block], add_special_tokens=False).input_ids
         columns: dict[str, list] = {"input_ids": [], "prompt_length": [], "truncated": []}
         for question, answer in zip(questions, answers, strict=True):
             asked = _cut_prompt(opening, question, max_input_tokens)
             columns["input_ids"].append([*asked, *answer[: max_target_tokens - 1], end])
             columns["prompt_length"].append(len(asked))
-            columns["truncated"].append(len(_cut_prompt(opening, question, None)) > max_input_tokens or len(answer) + 1 > max_target_tokens)
+            columns["truncated"].append(len(opening) + len(question) > max_input_tokens or len(answer) + 1 > max_target_tokens)
         blocks.append(datasets.Dataset.from_dict(columns, features=_COLUMNS))
     return datasets.concatenate_datasets(blocks)
 
@@ -110,8 +111,10 @@ def _write(dataset: datasets.Dataset, folder: Path) -> None:
             datasets.enable_progress_bars()
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts before any text."""
+def _opening(tokenizer: PreTrainedTokenizerBase, is_chat: bool) -> list[int]:
+    """The special tokens that the tokenizer puts before any text that is no chat."""
+    if is_chat:
+        return []
     plain = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids
     for start in range(len(whole) - len(plain) + 1):
@@ -121,8 +124,6 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _cut_prompt(opening: list[int], ids: list[int], max_input_tokens: int | None) -> list[int]:
-    if opening and ids[: len(opening)] == opening:  # a chat template has put it there itself
-        ids = ids[len(opening) :]
     room = None if max_input_tokens is None else max_input_tokens - len(opening)
     return [*opening, *(ids if room is None or len(ids) <= room else ids[len(ids) - room :])]
 

@@ -5,26 +5,26 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, load_peft_weights, set_peft_model_state_dict
 
-from jmedlora.config.clock import now
-from jmedlora.config.faults import BadInput, Fault
+from jmedlora.config.benchmark import PromptConfig
 from jmedlora.config.parts import ModelConfig, Precision
-from jmedlora.data.atomic import write_json, write_json_lines
 from jmedlora.data.benchmarks import load_benchmark
-from jmedlora.data.prompts import render_prompt
-from jmedlora.data.rows import LETTERS, Question
+from jmedlora.data.prompts import target_of
+from jmedlora.data.rows import LETTERS, Instruction, Question
+from jmedlora.data.tokenisation import encode_choice, prompt_text
 from jmedlora.evaluation.generation import EncodedPrompts, decode_greedily, encode_prompts, max_prompt_tokens
-from jmedlora.evaluation.metrics import ResponseScore, score_response, summarise
+from jmedlora.evaluation.likelihood import weigh_choices
+from jmedlora.evaluation.results import Answers, asked_rows, write_results
 from jmedlora.models.adapters import adapter_digest, verify
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.source import materialise
-from jmedlora.plan.layout import METRICS, PREDICTIONS, Storage
+from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import EvaluationSpec
 
 
@@ -42,6 +42,8 @@ class _Task:
 
     questions: list[Question]
     prompts: EncodedPrompts
+    choices: list[list[list[int]]]
+    """Token ids of each question's choices; empty where answers are generated."""
 
 
 class Evaluator:
@@ -81,9 +83,10 @@ class Evaluator:
     ) -> dict[str, Any]:
         """Score the checkpoint of `run_key` after `step` steps, or the bare base model where `step` is 0.
 
-        Writes predictions.jsonl, then metrics.json, into the evaluation's folder, and returns the metrics.
-        `on_progress(done, total)` is called with numbers of questions. Raises AdapterDamaged when the checkpoint is not
-        what its checksums say, AdapterDoesNotFit, AdapterHasNoEffect, and BadInput when the benchmark does not fit the evaluation.
+        Writes predictions.jsonl, then metrics.json, into the evaluation's folder, and returns the metrics. Answers are generated
+        or choices weighed, as the evaluation says. `on_progress(done, total)` is called with numbers of questions.
+        Raises AdapterDamaged when the checkpoint is not what its checksums say, AdapterDoesNotFit, AdapterHasNoEffect, and
+        BadInput when the benchmark does not fit the evaluation.
         """
         started = time.perf_counter()
         task = self._task(evaluation)
@@ -92,6 +95,22 @@ class Evaluator:
         else:
             self._unload_adapter()
         total = len(task.questions)
+        answers, new_tokens = self._answers(task, evaluation, (lambda done: on_progress(done, total)) if on_progress else None)
+        facts = {
+            "adapter_digest": self._adapter_digest,
+            "prompt_tokens": task.prompts.tokens,
+            "new_tokens": new_tokens,
+            "truncated_prompts": task.prompts.truncated,
+            "seconds": time.perf_counter() - started,
+            "device": self._device_name(),
+        }
+        return write_results(storage, run_key, step, evaluation, task.questions, answers, facts)
+
+    def _answers(self, task: _Task, evaluation: EvaluationSpec, on_batch: Callable[[int], None] | None) -> tuple[Answers, int]:
+        """The answers, and the tokens that were generated or weighed."""
+        if evaluation.scoring == "loglikelihood":
+            likelihoods = weigh_choices(self._base, task.prompts, task.choices, evaluation.batch_size, self.device, on_batch)
+            return Answers([], likelihoods), sum(sum(each.tokens) for each in likelihoods)
         generation = decode_greedily(
             self._base,
             self._tokenizer,
@@ -99,45 +118,24 @@ class Evaluator:
             evaluation.max_new_tokens,
             evaluation.batch_size,
             self.device,
-            (lambda done: on_progress(done, total)) if on_progress else None,
+            on_batch,
+            evaluation.prompt.answer_marker,
         )
-        scores = [
-            score_response(text, question, evaluation.metrics) for text, question in zip(generation.texts, task.questions, strict=True)
-        ]
-        metrics: dict[str, Any] = {
-            "run_key": run_key,
-            "step": step,
-            "evaluation_key": evaluation.evaluation_key,
-            "benchmark": evaluation.benchmark.name,
-            "shots": evaluation.shots,
-            "prompt": evaluation.prompt.name,
-            **summarise(scores),
-            "metric_settings": evaluation.metrics.model_dump(mode="json"),
-            "scoring": evaluation.scoring,
-            "adapter_digest": self._adapter_digest,
-            "prompt_tokens": generation.prompt_tokens,
-            "new_tokens": generation.new_tokens,
-            "truncated_prompts": generation.truncated_prompts,
-            "seconds": time.perf_counter() - started,
-            "time": now(),
-            "device": self._device_name(),
-        }
-        folder = storage.run(run_key).evaluation(evaluation.folder, step)
-        write_json_lines(folder / PREDICTIONS, map(_prediction, task.questions, generation.texts, scores))
-        write_json(folder / METRICS, metrics)
-        return metrics
+        return Answers(generation.texts, []), generation.new_tokens
 
     def _task(self, evaluation: EvaluationSpec) -> _Task:
         """The benchmark's questions and prompts, read and encoded once per evaluation."""
         if evaluation.evaluation_key not in self._tasks:
-            benchmark = load_benchmark(evaluation.benchmark, self._sources)
-            if len(benchmark.examples) < evaluation.shots:
-                problem = f"{evaluation.shots} asks for more examples than the {len(benchmark.examples)} there are"
-                raise BadInput([Fault(f"benchmark {benchmark.name}", "shots", problem, f"0 to {len(benchmark.examples)}")])
-            examples = [example.as_instruction() for example in benchmark.examples[: evaluation.shots]]
-            texts = [render_prompt(evaluation.prompt, question.as_instruction(), examples) for question in benchmark.questions]
-            prompts = encode_prompts(self._tokenizer, texts, max_prompt_tokens(self._base, evaluation.max_new_tokens))
-            self._tasks[evaluation.evaluation_key] = _Task(benchmark.questions, prompts)
+            questions, examples = asked_rows(evaluation, load_benchmark(evaluation.benchmark, self._sources))
+            rows = [question.as_instruction() for question in questions]
+            texts = [prompt_text(self._tokenizer, evaluation.prompt, row, examples) for row in rows]
+            choices = []
+            room = evaluation.max_new_tokens
+            if evaluation.scoring == "loglikelihood":
+                choices = [[encode_choice(self._tokenizer, text) for text in _choice_targets(evaluation.prompt, row)] for row in rows]
+                room = max(len(ids) for own in choices for ids in own)
+            prompts = encode_prompts(self._tokenizer, texts, max_prompt_tokens(self._base, room), evaluation.prompt.chat)
+            self._tasks[evaluation.evaluation_key] = _Task(questions, prompts, choices)
         return self._tasks[evaluation.evaluation_key]
 
     def _load_adapter(self, folder: Path, prompt: list[int]) -> None:
@@ -185,17 +183,6 @@ class Evaluator:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
 
-def _prediction(question: Question, text: str, score: ResponseScore) -> dict[str, Any]:
-    return {
-        "problem_id": question.problem_id,
-        "question": question.text,
-        "prediction": text,
-        "response": score.response,
-        "answer": question.answer,
-        "choices": list(question.choices),
-        "chosen": [LETTERS[i] for i in score.chosen],
-        "gold": [LETTERS[i] for i in question.gold],
-        "correct": score.correct,
-        "exact_match": score.exact_match,
-        "gestalt_score": score.gestalt_score,
-    }
+def _choice_targets(prompt: PromptConfig, row: Instruction) -> list[str]:
+    """What would follow the prompt for each choice, were it the right one."""
+    return [target_of(prompt, replace(row, output=choice, letters=letter)) for letter, choice in zip(LETTERS, row.choices)]

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.data.tokenisation import encode_prompt
-from jmedlora.evaluation.metrics import first_line_is_complete
+from jmedlora.evaluation.metrics import answer_is_complete
+from jmedlora.evaluation.prefix import Prefix, batches_of_similar_length, lay_out, read_shared_prefix
 
 # Finished rows are dropped from a batch once they are a quarter of it: dropping copies the cache, keeping computes them in vain.
 _KEPT_SHARE = 0.75
-
-# Prompts of one batch differ in length by at most this: what a longer one adds, all others are padded with.
-_WIDEST_SHARE, _SLACK_TOKENS = 1.3, 32
 
 
 @dataclass(frozen=True)
@@ -63,12 +60,12 @@ def max_prompt_tokens(model: PreTrainedModel, max_new_tokens: int) -> int:
     return positions - max_new_tokens
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_tokens: int) -> EncodedPrompts:
-    """Encode prompts; one of more than `max_tokens` tokens keeps its end, where the question is."""
-    token_ids = [encode_prompt(tokenizer, prompt, None) for prompt in prompts]
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_tokens: int, is_chat: bool = False) -> EncodedPrompts:
+    """Encode prompts (of a chat: its rendered template); one of more than `max_tokens` tokens keeps its end, where the question is."""
+    token_ids = [encode_prompt(tokenizer, prompt, None, is_chat) for prompt in prompts]
     too_long = [i for i, ids in enumerate(token_ids) if len(ids) > max_tokens]
     for i in too_long:
-        token_ids[i] = encode_prompt(tokenizer, prompts[i], max_tokens)
+        token_ids[i] = encode_prompt(tokenizer, prompts[i], max_tokens, is_chat)
     return EncodedPrompts(token_ids, len(too_long))
 
 
@@ -81,20 +78,21 @@ def decode_greedily(
     batch_size: int,
     device: torch.device | str,
     on_batch: Callable[[int], None] | None = None,
+    marker: str | None = None,
 ) -> Generation:
     """Answer each prompt with the most likely token at every step, in batches of prompts of similar length.
 
-    A row ends at an end-of-sequence token, or once a line break follows text, since only the first line is scored.
+    A row ends at an end-of-sequence token, or once a line break follows text, since only the first line is scored; with a
+    `marker`, once a line break follows the text behind it.
     What the model's generation_config says of sampling or penalties plays no part. `on_batch` is called after each batch
     with the number of prompts answered so far.
     """
-    stop = _StopRule(model, tokenizer)
+    stop = _StopRule(model, tokenizer, marker)
     token_ids = prompts.token_ids
-    order = sorted(range(len(token_ids)), key=lambda i: (len(token_ids[i]), i))
-    prefix = _read_shared_prefix(model, token_ids, device)
+    prefix = read_shared_prefix(model, token_ids, device)
     answers: list[list[int]] = [[] for _ in token_ids]
     answered = 0
-    for rows in _batches(order, token_ids, batch_size):
+    for rows in batches_of_similar_length(token_ids, batch_size):
         batch = _decode_batch(model, [token_ids[row] for row in rows], prefix, stop, max_new_tokens, device)
         for row, answer in zip(rows, batch, strict=True):
             answers[row] = answer
@@ -104,26 +102,14 @@ def decode_greedily(
     return Generation([stop.text(answer) for answer in answers], prompts.tokens, sum(map(len, answers)), prompts.truncated)
 
 
-def _batches(order: list[int], token_ids: list[list[int]], batch_size: int) -> Iterator[list[int]]:
-    """Runs of `order`, which goes from short to long, of at most `batch_size` prompts that need little padding together."""
-    batch: list[int] = []
-    for row in order:
-        too_long = batch and len(token_ids[row]) > _WIDEST_SHARE * len(token_ids[batch[0]]) + _SLACK_TOKENS
-        if too_long or len(batch) == batch_size:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
 class _StopRule:
     """Says when an answer is finished, and what it says."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, marker: str | None):
         configured = model.generation_config.eos_token_id if model.generation_config is not None else None
         self._end = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
         self._tokenizer = tokenizer
+        self._marker = marker
         self._breaks_line: dict[int, bool] = {}
 
     def text(self, answer: list[int]) -> str:
@@ -138,48 +124,15 @@ class _StopRule:
             return True
         if last not in self._breaks_line:
             self._breaks_line[last] = len(f"{self.text([last])}|".splitlines()) > 1
-        return self._breaks_line[last] and first_line_is_complete(self.text(answer))
-
-
-@dataclass(frozen=True)
-class _Prefix:
-    """The tokens that all prompts begin with, and the model's keys and values for them, as one row."""
-
-    length: int
-    cache: DynamicCache
-
-    def repeated(self, rows: int) -> DynamicCache:
-        cache = copy.deepcopy(self.cache)
-        if self.length:
-            cache.batch_repeat_interleave(rows)
-        return cache
-
-
-def _read_shared_prefix(model: PreTrainedModel, prompts: list[list[int]], device: torch.device | str) -> _Prefix:
-    """Run the model once over what all prompts share (the template, the examples), leaving each at least one token of its own."""
-    cache = DynamicCache(config=model.config)
-    # What the first and the last in lexicographic order share is shared by all between them.
-    first, last = min(prompts, default=[]), max(prompts, default=[])
-    most = min((len(prompt) - 1 for prompt in prompts), default=0)
-    length = next((i for i in range(most) if first[i] != last[i]), most)
-    if length:
-        model.base_model(input_ids=torch.tensor([first[:length]], device=device), past_key_values=cache, use_cache=True)
-    return _Prefix(length, cache)
+        return self._breaks_line[last] and answer_is_complete(self.text(answer), self._marker)
 
 
 def _decode_batch(
-    model: PreTrainedModel, prompts: list[list[int]], prefix: _Prefix, stop: _StopRule, max_new_tokens: int, device: torch.device | str
+    model: PreTrainedModel, prompts: list[list[int]], prefix: Prefix, stop: _StopRule, max_new_tokens: int, device: torch.device | str
 ) -> list[list[int]]:
-    """New tokens of each prompt, a finishing end-of-sequence token among them.
-
-    Laid out as prefix, padding, rest of the prompt, new tokens; padding is masked and takes no position.
-    """
-    rests = [prompt[prefix.length :] for prompt in prompts]
-    width = max(map(len, rests))
-    tokens = torch.tensor([[0] * (width - len(rest)) + rest for rest in rests], device=device)
-    mask = torch.tensor([[1] * prefix.length + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=device)
-    positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, prefix.length :]
-    cache = prefix.repeated(len(prompts))
+    """New tokens of each prompt, a finishing end-of-sequence token among them."""
+    batch = lay_out(prompts, prefix, device)
+    tokens, mask, positions, cache = batch.tokens, batch.mask, batch.positions, batch.cache
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
     running = [True] * len(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from jmedlora.config.digest import digest
+from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.parts import ModelConfig
 from jmedlora.data.atomic import appearing
 from jmedlora.plan.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKSUMS
@@ -37,8 +39,24 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig
         # By way of bytes, since safetensors makes files that nobody else may read.
         (aside / ADAPTER_WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
         _write_config(aside, config, base)
-        files = {name: _facts(aside / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
-        (aside / CHECKSUMS).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+        _write_checksums(aside)
+
+
+def adopt_adapter(source: Path, folder: Path) -> None:
+    """Copies an adapter in PEFT's format (`adapter_model.safetensors`, `adapter_config.json`) to `folder`, with checksums.
+
+    Raises BadInput where it is none.
+    """
+    missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (source / name).is_file()]
+    if missing:
+        problem = f"{source} has no {' and no '.join(missing)}"
+        raise BadInput([Fault("command line", "--adapter", problem, "an adapter's folder in PEFT's format, with safetensors")])
+    if (source / CHECKSUMS).is_file():
+        verify(source)
+    with appearing(folder) as aside:
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            shutil.copyfile(source / name, aside / name)
+        _write_checksums(aside)
 
 
 def verify(folder: Path) -> None:
@@ -83,6 +101,11 @@ def _write_config(folder: Path, config: LoraConfig, base: str) -> None:
     # PEFT holds module names in a set, whose order would differ from process to process.
     values["target_modules"] = sorted(values["target_modules"])
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_checksums(folder: Path) -> None:
+    files = {name: _facts(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
+    (folder / CHECKSUMS).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
 
 
 def _facts(file: Path) -> dict[str, str | int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jmedlora.config.digest import key_of
+from jmedlora.config.locate import cache_dir
 from jmedlora.config.parts import GgufSource, HubSource, ModelConfig, RandomSource
 from jmedlora.data.atomic import appearing
 from jmedlora.models.load import without_progress_bars
@@ -28,11 +28,6 @@ _FORMAT = 1
 
 class SourceMissing(Exception):
     """The weights of a base model are not where the configuration says, and could not be fetched."""
-
-
-def cache_dir() -> Path:
-    """Where converted models and tokenised data are kept: `$JMEDLORA_CACHE`, or `~/.cache/jmedlora`."""
-    return Path(os.environ.get("JMEDLORA_CACHE") or Path.home() / ".cache" / "jmedlora").expanduser()
 
 
 def materialise(model: ModelConfig, sources: Path, offline: bool) -> Path:

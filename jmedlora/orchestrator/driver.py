@@ -19,6 +19,7 @@ from rich.console import Console
 
 from jmedlora.config.faults import BadInput, Fault, first_line
 from jmedlora.config.sweep import SweepConfig
+from jmedlora.evaluation.rescoring import rescore_stored
 from jmedlora.orchestrator.address import cluster_address, refused
 from jmedlora.orchestrator.environment import ON_HEAD
 from jmedlora.orchestrator.errors import is_told_by, last_line
@@ -59,7 +60,10 @@ def run_sweep(config: SweepConfig, plan: Plan, address: str | None, console: Con
     """
     storage = Storage(config.storage_path)
     folder = storage.sweep(plan.sweep)
-    if standing(plan, storage).is_complete and folder.report.is_dir() and folder.plan_json.is_file():
+    rescored = rescore_stored(plan, storage)
+    if rescored:
+        console.print(f"scored {rescored} stored evaluations anew: the metric settings have changed")
+    if not rescored and standing(plan, storage).is_complete and folder.report.is_dir() and folder.plan_json.is_file():
         console.print(f"sweep {plan.sweep} is complete already: nothing to train, nothing to evaluate")
         return _outcome(plan, storage, [])
     with ExitStack() as stack:

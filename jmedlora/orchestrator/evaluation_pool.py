@@ -16,7 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from jmedlora.config.faults import first_line
 from jmedlora.config.parts import ResourcesConfig
 from jmedlora.evaluation.reuse import adopt_evaluation
-from jmedlora.orchestrator.environment import worker_environment
+from jmedlora.orchestrator.environment import ON_HEAD, worker_environment
 from jmedlora.orchestrator.errors import refusals, told
 from jmedlora.orchestrator.ledger import Job, is_done, is_ready
 from jmedlora.plan.layout import Storage
@@ -24,7 +24,7 @@ from jmedlora.plan.records import Record
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec
 
 if TYPE_CHECKING:
-    from jmedlora.evaluation.evaluator import Evaluator
+    from jmedlora.evaluation.making import AnyEvaluator
 
 MAX_ATTEMPTS = 3
 """Times that an evaluation is begun again after its actor died."""
@@ -36,18 +36,19 @@ class EvaluationActor:
     """Holds one resident base model; takes another in its place when asked for one."""
 
     def __init__(self, name: str, storage_root: str, sources: str, offline: bool, threads: int, tracker: ActorHandle):
-        import torch  # here, and not at the top: the driver of a sweep needs no torch
+        if threads:  # an actor that only asks elsewhere needs no torch
+            import torch  # here, and not at the top: the driver of a sweep needs none either
 
-        torch.set_num_threads(threads)
+            torch.set_num_threads(threads)
         self._name = name
         self._storage, self._sources, self._offline = Storage(Path(storage_root)), Path(sources), offline
         self._tracker = tracker
         self._resident = ""
-        self._evaluator: Evaluator | None = None
+        self._evaluator: AnyEvaluator | None = None
 
     def evaluate(self, base: BaseSpec, run_key: str, step: int, evaluation: EvaluationSpec, what: str) -> Record:
         """Scores one checkpoint (or the base at step 0), stores and tracks the result."""
-        from jmedlora.evaluation.evaluator import Evaluator
+        from jmedlora.evaluation.making import make_evaluator
 
         self._tracker.evaluation_started.remote(self._name, what)
         metrics: Record | None = None
@@ -55,9 +56,7 @@ class EvaluationActor:
             with refusals():
                 if self._evaluator is None or self._resident != base.run_key:
                     self._evaluator = None  # the old model's memory is freed before the new one is loaded
-                    self._evaluator = Evaluator(
-                        base.model, base.precision, base.compute_precision, base.double_quantisation, self._sources, self._offline
-                    )
+                    self._evaluator = make_evaluator(base, self._sources, self._offline)
                     self._resident = base.run_key
                 metrics = self._evaluator.evaluate(run_key, step, evaluation, self._storage)
             return metrics
@@ -70,6 +69,8 @@ class _Slot:
     """A place for one actor, and what it is doing."""
 
     name: str
+    is_api: bool = False
+    """For models behind an address: it waits for answers, beside the actors that compute."""
     actor: ActorHandle | None = None
     job: Job | None = None
     result: Any = None
@@ -96,6 +97,8 @@ class EvaluationPool:
 
     def __post_init__(self) -> None:
         self._slots = [_Slot(f"evaluation-{i}-{uuid.uuid4().hex[:6]}") for i in range(self.actors)]
+        if any(_is_api(job) for job in self.jobs):
+            self._slots.append(_Slot(f"evaluation-api-{uuid.uuid4().hex[:6]}", is_api=True))
         self._waiting = {_job_id(job): job for job in self.jobs if not is_done(job, self.storage)}
         self._attempts: dict[tuple[str, int, str], int] = {}
         self._computed: dict[tuple[str, str, str], tuple[str, int]] = {}
@@ -141,8 +144,9 @@ class EvaluationPool:
                 if content is not None:
                     in_flight.add(content)
         for slot in self._slots:
-            if slot.job is None and ready:
-                job = min(ready, key=lambda job: (job.base.run_key != slot.resident, job.run_key != slot.run_key))
+            fitting = [job for job in ready if _is_api(job) == slot.is_api]
+            if slot.job is None and fitting:
+                job = min(fitting, key=lambda job: (job.base.run_key != slot.resident, job.run_key != slot.run_key))
                 ready.remove(job)
                 self._start(slot, job)
 
@@ -157,13 +161,17 @@ class EvaluationPool:
 
     def _start(self, slot: _Slot, job: Job) -> None:
         if slot.actor is None:
-            threads = max(1, round(self.resources.evaluation.cpus))
+            threads = 0 if slot.is_api else max(1, round(self.resources.evaluation.cpus))
+            # keys of addresses are in the environment of the head, and nowhere else
+            place = {"num_cpus": 0, "resources": ON_HEAD} if slot.is_api else {"num_cpus": self.cpus, "num_gpus": self.gpus}
             slot.actor = EvaluationActor.options(  # type: ignore[attr-defined]
-                num_cpus=self.cpus, num_gpus=self.gpus, runtime_env={"env_vars": worker_environment(self.resources, threads, self.offline)}
+                **place, runtime_env={"env_vars": worker_environment(self.resources, max(1, threads), self.offline)}
             ).remote(slot.name, str(self.storage.root), str(self.sources), self.offline, threads, self.tracker)
-        what = f"{self.names[job.run_key]} step {job.step} {job.evaluation.benchmark.name} {job.evaluation.shots}-shot"
+        evaluation = job.evaluation
+        asked = f"{evaluation.benchmark.name} {evaluation.shots}-shot {evaluation.prompt.name} {evaluation.scoring}"
+        what = f"{self.names[job.run_key]} step {job.step} {asked}"
         slot.job, slot.resident, slot.run_key = job, job.base.run_key, job.run_key
-        slot.result = slot.actor.evaluate.remote(job.base, job.run_key, job.step, job.evaluation, what)
+        slot.result = slot.actor.evaluate.remote(job.base, job.run_key, job.step, evaluation, what)
 
     def _collect(self) -> None:
         for slot in self._slots:
@@ -194,6 +202,10 @@ class EvaluationPool:
         if slot.actor is not None:
             ray.kill(slot.actor)
         slot.actor, slot.resident, slot.run_key = None, "", ""
+
+
+def _is_api(job: Job) -> bool:
+    return job.base.precision == "api"
 
 
 def _job_id(job: Job) -> tuple[str, int, str]:

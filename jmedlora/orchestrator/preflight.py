@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from jmedlora.config.faults import BadInput, Fault
+from jmedlora.config.faults import BadInput, Fault, first_line
 from jmedlora.config.sweep import SweepConfig
+from jmedlora.data.fetch import fetch_benchmark
 from jmedlora.models.source import materialise
 from jmedlora.plan.planner import make_plan
 from jmedlora.plan.specs import Plan
@@ -11,36 +12,29 @@ from jmedlora.plan.weights import locate_weights
 
 
 def fetch_missing(config: SweepConfig, plan: Plan) -> Plan:
-    """Downloads base models from the hub where the network may be used, and plans again with their revisions.
+    """Downloads base models and benchmarks that are pinned to a place on the network, and plans again with what they are.
 
-    Raises BadInput for everything else that is not here yet.
+    Raises BadInput for everything else that is not here yet, and where the network may not be used.
     """
     if not plan.missing:
         return plan
-    on_hub = [
+    models = [
         model
         for model in config.models.values()
         if model.source.kind == "hub" and locate_weights(model, config.sources_path, config.offline).missing
     ]
-    hub_lines = {line for model in on_hub for line in plan.missing if line.startswith(f"model {model.name}:")}
-    absent = [line for line in plan.missing if line not in hub_lines or config.offline]
+    missing = {line.split(":", 1)[0] for line in plan.missing}
+    benchmarks = [part for part in config.benchmarks if f"benchmark {part.name}" in missing and part.source and part.source.kind != "named"]
+    to_fetch = {f"model {model.name}" for model in models} | {f"benchmark {part.name}" for part in benchmarks}
+    absent = [line.split(":", 1) for line in plan.missing if config.offline or line.split(":", 1)[0] not in to_fetch]
     if absent:
-        raise BadInput(
-            [Fault(line.split(":", 1)[0], "", f"not here yet:{line.split(':', 1)[1]}", "bring it there, or name a path") for line in absent]
-        )
-    for model in on_hub:
+        raise BadInput([Fault(what, "", f"not here yet:{told}", "bring it there, or name a path") for what, told in absent])
+    for part in benchmarks:
+        fetch_benchmark(part, config.sources_path, config.offline)
+    for model in models:
         try:
             materialise(model, config.sources_path, config.offline)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise BadInput(
-                [
-                    Fault(
-                        f"model {model.name}",
-                        "source.repo",
-                        f"cannot be fetched: {reason}",
-                        "a repository that can be reached, or a local path",
-                    )
-                ]
-            ) from None
+            allowed = "a repository that can be reached, or a local path"
+            raise BadInput([Fault(f"model {model.name}", "source.repo", f"cannot be fetched: {first_line(error)}", allowed)]) from None
     return make_plan(config)

@@ -88,11 +88,17 @@ class TrackerActor:
             "evaluation_s": sum(seconds) / len(seconds) if seconds else None,
         }
 
-    def finish(self, status: Literal["finished", "failed", "interrupted"], report: str | None) -> list[str]:
-        """Waits until all is written, writes again from storage what failed, adds the report; returns what is still wrong."""
+    def finish(
+        self, status: Literal["finished", "failed", "interrupted"], report: str | None, changes: list[Record] | None = None
+    ) -> list[str]:
+        """Waits until all is written, writes again from storage what failed, adds the report and how runs differ from their bases.
+
+        Returns what is still wrong.
+        """
 
         def close(tracker: MlflowTracker) -> None:
             tracker.restore_from_storage()
+            tracker.log_changes(changes or [])
             if report is not None:
                 tracker.log_report(Path(report))
             tracker.finish_sweep(status)

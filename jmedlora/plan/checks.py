@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from jmedlora.config.benchmark import PromptConfig
 from jmedlora.config.faults import BadInput, Fault
-from jmedlora.config.locate import is_remote
+from jmedlora.config.locate import is_loopback, is_remote
 from jmedlora.config.parts import ApiSource, Architecture, ModelConfig
 from jmedlora.config.run import RunSettings
 from jmedlora.config.sweep import SweepConfig
@@ -86,16 +86,26 @@ def check_reference(model: ModelConfig, config: SweepConfig, faults: list[Fault]
     """What a model behind an address cannot do, and where it must not be asked."""
     if not isinstance(model.source, ApiSource):
         return
-    where, url = f"model {model.name}", urlsplit(model.source.base_url)
+    where = f"model {model.name}"
+    try:
+        url = urlsplit(model.source.base_url)
+    except ValueError as error:
+        faults.append(
+            Fault(where, "source.base_url", f"{model.source.base_url!r:.80}: {error}", "an address such as http://127.0.0.1:8000/v1")
+        )
+        return
     if "loglikelihood" in config.evaluate.scoring:
         told = f"loglikelihood is not to be had from {model.name}: an address gives answers, not the choices' probabilities"
         faults.append(Fault(config.file, "evaluate.scoring", told, "generate, or no reference behind an address"))
-    if config.offline and url.hostname not in ("localhost", "127.0.0.1", "::1"):
+    if config.offline and not is_loopback(model.source.base_url):
         faults.append(
             Fault(where, "source.base_url", f"{url.hostname} would be asked, and the sweep is offline", "a server on this machine")
         )
-    if url.username or url.password:
-        faults.append(Fault(where, "source.base_url", "holds a user name or password", f"the key in {model.source.key_env}"))
+    if url.username or url.password or url.query:
+        told = "holds a user name, a password or a query"
+        faults.append(Fault(where, "source.base_url", told, f"an address alone, and the key in {model.source.key_env}"))
+    if (model.source.input_price is None) != (model.source.output_price is None):
+        faults.append(Fault(where, "source.input_price", "one price without the other", "input_price and output_price, or neither"))
     for prompt in (config.prompts[name] for name in config.evaluation_prompts):
         if prompt.chat and model.source.endpoint == "completions":
             told = f"completions takes plain text, and prompt {prompt.name} is a chat"
@@ -121,9 +131,10 @@ def check_run(run: RunSettings, config: SweepConfig, shape: Architecture | None,
 
     `shape` and `rows` are None where a fault in the model or the data has been told already.
     """
-    if config.models[run.model].is_api:
-        told = f"{run.model} is behind an address and cannot be tuned"
-        faults.append(Fault(config.file, "grid.model", told, "models with weights here (references: for others)"))
+    if config.models[run.model].family in ("api", "other"):
+        why = "is behind an address" if config.models[run.model].is_api else "is of a family without LoRA layers here"
+        told = f"{run.model} {why} and cannot be tuned"
+        faults.append(Fault(config.file, "grid.model", told, "models of the families llama and gpt_neox (references: for others)"))
         return
     workers = config.resources.workers_per_trial
     if run.batch_size < workers:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from jmedlora.config.parts import Architecture, Family, Precision, ResourcesConfig
+from jmedlora.config.parts import ApiSource, Architecture, Family, ModelConfig, Precision, ResourcesConfig
 from jmedlora.plan.shapes import linear_parameters, lora_parameters, model_parameters
-from jmedlora.plan.specs import EvaluationSpec, Plan, RunSpec, TrialSpec
+from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec, TrialSpec
 
 GIGABYTE = 1e9
 GPU_TFLOPS, CPU_CORE_TFLOPS = 200.0, 0.06
 """Assumed sustained rates where `resources.tflops` gives none."""
 TRIAL_START_S = 15.0
 ANSWER_TOKENS = 16
-"""Assumed length of an answer."""
+"""Assumed length of an answer, where the prompt has no bound of its own."""
+CHOICE_TOKENS = 60
+"""Assumed length of a question's choices together."""
 _BYTES = {"fp32": 4.0, "bf16": 2.0}
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """4 bits a weight, an 8-bit scale per 64 weights, an fp32 scale per 256 of those."""
@@ -66,9 +68,11 @@ def estimate_trial(trial: TrialSpec, resources: ResourcesConfig, shapes: dict[st
 
 def estimate_totals(plan: Plan, trials: list[TrialEstimate], resources: ResourcesConfig) -> Totals:
     """Estimates of the whole sweep."""
-    points = [(run, sum(1 for _ in run.checkpoint_steps)) for run in plan.runs]
-    checkpoints = sum(count for _, count in points) + len(plan.bases)
-    evaluation_s = sum(count * _evaluation_seconds(run, spec, resources) for run, count in points for spec in plan.evaluations)
+    points: list[tuple[RunSpec | BaseSpec, int]] = [(run, len(run.checkpoint_steps)) for run in plan.runs]
+    points += [(base, 1) for base in plan.bases]
+    checkpoints = sum(count for _, count in points)
+    here = [(spec, count) for spec, count in points if not spec.model.is_api]
+    evaluation_s = sum(count * _evaluation_seconds(spec, item, resources) for spec, count in here for item in plan.evaluations)
     side_by_side = concurrent_trials(resources)
     makespan = _makespan([trial.seconds for trial in trials], side_by_side or len(trials))
     return Totals(
@@ -121,9 +125,22 @@ def _training_flop(run: RunSpec) -> float:
     return _training_tokens(run) * 2 * passes * run.model_parameters
 
 
-def _evaluation_seconds(run: RunSpec, spec: EvaluationSpec, resources: ResourcesConfig) -> float:
-    tokens = spec.prompt_characters * run.model.tokens_per_character + min(spec.max_new_tokens, ANSWER_TOKENS)
-    return spec.questions * tokens * 2 * run.model_parameters / _rate(resources)
+def asked_tokens(spec: EvaluationSpec, model: ModelConfig) -> tuple[float, float]:
+    """Tokens of all prompts of an evaluation, and of all answers to them."""
+    answer = CHOICE_TOKENS if spec.scoring == "loglikelihood" else min(spec.max_new_tokens, spec.prompt.max_new_tokens or ANSWER_TOKENS)
+    return spec.questions * spec.prompt_characters * model.tokens_per_character, spec.questions * answer
+
+
+def api_cost(source: ApiSource, model: ModelConfig, evaluations: list[EvaluationSpec]) -> float | None:
+    """Money that the evaluations of a model behind an address will cost; None where its prices are not given."""
+    if source.input_price is None or source.output_price is None:
+        return None
+    tokens = [asked_tokens(spec, model) for spec in evaluations]
+    return sum(asked * source.input_price + new * source.output_price for asked, new in tokens) / 1e6
+
+
+def _evaluation_seconds(spec: RunSpec | BaseSpec, evaluation: EvaluationSpec, resources: ResourcesConfig) -> float:
+    return sum(asked_tokens(evaluation, spec.model)) * 2 * spec.model_parameters / _rate(resources)
 
 
 def _memory_bytes(run: RunSpec, workers: int, shape: Architecture) -> float:

@@ -59,7 +59,8 @@ def names_of(plan: Plan) -> dict[str, str]:
         varied = _varied_settings(runs)
         names |= {run.run_key: _run_name(run, varied) for run in runs}
     precisions = Counter(base.model.name for base in plan.bases)
-    names |= {base.run_key: _base_name(base, precisions[base.model.name] > 1) for base in plan.bases}
+    of_runs = {run.base_key for run in plan.runs}
+    names |= {base.run_key: _base_name(base, precisions[base.model.name] > 1, base.run_key in of_runs) for base in plan.bases}
     shared = Counter(names.values())
     return {key: name if shared[name] == 1 else f"{name} {key[:6]}" for key, name in names.items()}
 
@@ -86,5 +87,7 @@ def _run_name(run: RunSpec, varied: list[str]) -> str:
     return " ".join(filter(None, words))
 
 
-def _base_name(base: BaseSpec, several: bool) -> str:
-    return f"{base.model.name} base {base.precision}" if several else f"{base.model.name} base"
+def _base_name(base: BaseSpec, several: bool, is_tuned: bool) -> str:
+    """A model that is only evaluated as it is goes by its own name."""
+    words = [base.model.name, "base" if is_tuned else "", base.precision if several else ""]
+    return " ".join(filter(None, words))

@@ -136,7 +136,7 @@ class _Planner:
             self.faults.append(weights.fault)
         if weights.missing:
             self.missing.append(weights.missing)
-        architecture = architecture_of(model, weights.folder, self.faults)
+        architecture = None if model.family == "other" else architecture_of(model, weights.folder, self.faults)
         parameters = model_parameters(model.family, architecture) if architecture else 0
         return _Model(model, self._identity(model, weights), architecture, parameters, weights.folder, is_here=not weights.missing)
 
@@ -226,11 +226,13 @@ class _Planner:
         return list(bases.values())
 
     def _references(self, models: dict[str, _Model]) -> list[BaseSpec]:
-        """The models that are evaluated as they are: in the number format of the sweep's machines, or through their address."""
+        """The models that are evaluated as they are: in the number format that the sweep asks for, or through their address."""
         specs = []
+        asked = self.config.evaluate.precision
+        usual: Literal["fp32", "bf16"] = "bf16" if self.config.resources.gpus_per_worker else "fp32"
+        compute: Literal["fp32", "bf16"] = asked if asked in ("fp32", "bf16") else usual
         for model in (models[name] for name in self.config.references):
-            compute: Literal["fp32", "bf16"] = "bf16" if self.config.resources.gpus_per_worker else "fp32"
-            precision: Precision = "api" if model.config.is_api else compute
+            precision: Precision = "api" if model.config.is_api else "nf4" if asked == "nf4" else compute
             specs.append(
                 BaseSpec(
                     run_key=base_key(model.identity, precision, double_quantisation=True),

@@ -11,12 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from jmedlora.config.faults import Fault
-from jmedlora.config.parts import Architecture
+from jmedlora.config.parts import ApiSource, Architecture
 from jmedlora.config.sweep import SweepConfig
-from jmedlora.plan.estimates import Totals, TrialEstimate, estimate_totals, estimate_trial
+from jmedlora.plan.estimates import Totals, TrialEstimate, api_cost, estimate_totals, estimate_trial
 from jmedlora.plan.naming import names_of
 from jmedlora.plan.shapes import architecture_of
-from jmedlora.plan.specs import Plan, RunSpec
+from jmedlora.plan.specs import BaseSpec, Plan, RunSpec
 from jmedlora.plan.weights import locate_weights
 
 MAX_ROWS = 40
@@ -25,7 +25,7 @@ MAX_ROWS = 40
 
 def estimates_of(plan: Plan, config: SweepConfig) -> tuple[list[TrialEstimate], Totals]:
     """Estimates of every trial and of the whole."""
-    shapes = {model.name: _shape(config, model.name) for model in config.models.values()}
+    shapes = {model.name: _shape(config, model.name) for model in config.models.values() if model.family not in ("api", "other")}
     trials = [estimate_trial(trial, config.resources, shapes) for trial in plan.trials]
     return trials, estimate_totals(plan, trials, config.resources)
 
@@ -52,6 +52,7 @@ def plan_as_json(plan: Plan, config: SweepConfig) -> dict[str, Any]:
                 "benchmark": spec.benchmark.name,
                 "shots": spec.shots,
                 "prompt": spec.prompt.name,
+                "scoring": spec.scoring,
                 "questions": spec.questions,
             }
             for spec in plan.evaluations
@@ -76,6 +77,12 @@ def print_plan(plan: Plan, config: SweepConfig, console: Console) -> None:
     """A table of runs, then the totals; every time and size is an estimate."""
     trials, totals = estimates_of(plan, config)
     names = names_of(plan)
+    if plan.runs:
+        _print_runs(plan, config, console, trials, names)
+    _print_totals(plan, totals, trials, config, console)
+
+
+def _print_runs(plan: Plan, config: SweepConfig, console: Console, trials: list[TrialEstimate], names: dict[str, str]) -> None:
     estimate_by_run = {run.run_key: estimate for trial, estimate in zip(plan.trials, trials, strict=True) for run in trial.runs}
     gpus = config.resources.gpus_per_worker > 0
     table = Table(title=f"sweep {plan.sweep}", title_justify="left", box=None, header_style="bold", pad_edge=False)
@@ -97,11 +104,10 @@ def print_plan(plan: Plan, config: SweepConfig, console: Console) -> None:
     console.print(table)
     if len(plan.runs) > MAX_ROWS:
         console.print(f"... and {len(plan.runs) - MAX_ROWS} more runs (--json shows all)")
-    _print_totals(plan, totals, trials, config, console)
 
 
 def _print_totals(plan: Plan, totals: Totals, trials: list[TrialEstimate], config: SweepConfig, console: Console) -> None:
-    bases = ", ".join(f"{base.model.name} {base.precision} ({base.model_parameters / 1e9:.3g} B parameters)" for base in plan.bases)
+    bases = ", ".join(f"{base.model.name} {base.precision}{_parameters(base)}" for base in plan.bases)
     counts = f"{_counted(totals.runs, 'run')} in {_counted(totals.trials, 'trial')} over {_counted(totals.bases, 'base')}"
     console.print(f"\n{counts}: {bases}", highlight=False)
     answers = f"{_counted(totals.evaluations, 'evaluation')} ({_counted(totals.questions, 'answer')})"
@@ -113,6 +119,11 @@ def _print_totals(plan: Plan, totals: Totals, trials: list[TrialEstimate], confi
         f"evaluation {_time(totals.evaluation_hours * 3600)}, all in all {_time(totals.makespan_hours * 3600)} ({machines})",
         highlight=False,
     )
+    for base in plan.bases:
+        if isinstance(source := base.model.source, ApiSource):
+            cost = api_cost(source, base.model, plan.evaluations)
+            money = "its prices are not given" if cost is None else f"about {cost:.2f} {source.currency}"
+            console.print(f"{base.model.name} is asked at {source.base_url}: {money}", highlight=False)
     assumed = sorted({name for method in config.methods.values() for name in method.assumed if name not in config.training})
     if assumed:
         console.print(f"assumed, not reported by the study: {', '.join(assumed)}", highlight=False)
@@ -124,6 +135,10 @@ def _print_totals(plan: Plan, totals: Totals, trials: list[TrialEstimate], confi
         console.print(line, highlight=False, soft_wrap=True)
     if plan.missing:
         console.print("run keys with a question mark may change once everything is here")
+
+
+def _parameters(base: BaseSpec) -> str:
+    return f" ({base.model_parameters / 1e9:.3g} B parameters)" if base.model_parameters else ""
 
 
 def _run_as_json(run: RunSpec) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
+from jmedlora.evaluation.resampling import Interval
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.naming import epochs_of, names_of
 from jmedlora.plan.records import finished_metrics, read_run, read_training
@@ -29,6 +30,8 @@ class Score:
     seconds: float
     time: float
     """When the evaluation ended, in seconds since the epoch."""
+    intervals: dict[Metric, Interval] = field(default_factory=dict)
+    """95 % intervals over the questions; empty where they are neither stored nor computed yet (`report.intervals`)."""
 
     def value(self, metric: Metric) -> float:
         return float(getattr(self, metric))
@@ -120,6 +123,12 @@ class Results:
         return [result for result in self.runs if result.is_base]
 
     @property
+    def references(self) -> list[RunResult]:
+        """Models that are evaluated as they are: bases that no run of the sweep starts from."""
+        started_from = {result.spec.base_key for result in self.runs if isinstance(result.spec, RunSpec)}
+        return [result for result in self.bases if result.run_key not in started_from]
+
+    @property
     def tuned(self) -> list[RunResult]:
         return [result for result in self.runs if not result.is_base]
 
@@ -130,6 +139,11 @@ class Results:
     def base_of(self, result: RunResult) -> RunResult | None:
         """The base in the run's own precision; None for a base itself."""
         return self.by_key[result.spec.base_key] if isinstance(result.spec, RunSpec) else None
+
+
+def evaluation_order(evaluation: EvaluationSpec) -> tuple[str, str, str, int, str]:
+    """Benchmark, prompt, way of scoring, shots: an order that is not the plan's."""
+    return evaluation.benchmark.name, evaluation.prompt.name, evaluation.scoring, evaluation.shots, evaluation.evaluation_key
 
 
 def collect_results(plan: Plan, storage: Storage) -> Results:
@@ -153,6 +167,7 @@ def _collect_run(plan: Plan, storage: Storage, spec: RunSpec | BaseSpec, name: s
             gestalt_score=metrics["gestalt_score"],
             seconds=metrics["seconds"],
             time=metrics["time"],
+            intervals=_intervals(metrics),
         )
         for step, evaluation, metrics in finished_metrics(plan, storage, spec)
     ]
@@ -169,6 +184,12 @@ def _collect_run(plan: Plan, storage: Storage, spec: RunSpec | BaseSpec, name: s
         training=_collect_training(storage, spec),
         scores=scores,
     )
+
+
+def _intervals(metrics: dict[str, Any]) -> dict[Metric, Interval]:
+    """What was computed together with the scores."""
+    bounds = {metric: (metrics.get(f"{metric}_low"), metrics.get(f"{metric}_high")) for metric in METRICS}
+    return {metric: Interval(low, high) for metric, (low, high) in bounds.items() if low is not None and high is not None}
 
 
 def _base_status(done: int, wanted: int) -> Status:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jmedlora.config.benchmark import ScoringWay
+from jmedlora.evaluation.resampling import Interval
 from jmedlora.plan.specs import EvaluationSpec
 from jmedlora.report.collect import METRICS, Metric, Results, RunResult, Score
+from jmedlora.report.significance import Statistics
 
 METRIC_NAMES: dict[Metric, str] = {"accuracy": "accuracy", "exact_match": "exact match", "gestalt_score": "Gestalt score"}
 
@@ -15,8 +18,17 @@ class Cell:
     """One score; `change` is against the run's own base, None for a base or where the base is not evaluated yet."""
 
     value: float
+    interval: Interval | None
+    """95 % bounds over the questions."""
     change: float | None
+    p_holm: float | None
+    """Of the change, after Holm's correction; None where it was not tested."""
     is_best: bool
+
+    @property
+    def mark(self) -> str:
+        """`**` for p below 0.01, `*` below 0.05, else nothing."""
+        return "" if self.p_holm is None or self.p_holm >= 0.05 else "**" if self.p_holm < 0.01 else "*"
 
 
 @dataclass(frozen=True)
@@ -37,23 +49,30 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs on one benchmark with one prompt; `shots` in ascending order."""
+    """All runs on one benchmark with one prompt and one way of scoring; `shots` in ascending order."""
 
     benchmark: str
     prompt: str
+    scoring: ScoringWay
     shots: list[int]
     lines: list[Line]
 
+    @property
+    def title(self) -> str:
+        """Such as `igakuqa, prompt exam-ja, log-likelihood`."""
+        return f"{self.benchmark}, prompt {self.prompt}" + (", log-likelihood" if self.scoring == "loglikelihood" else "")
 
-def compare_runs(results: Results) -> list[Comparison]:
-    """A comparison per benchmark and prompt, in the plan's order."""
-    pairs = dict.fromkeys((item.benchmark.name, item.prompt.name) for item in results.plan.evaluations)
-    return [_compare(results, benchmark, prompt) for benchmark, prompt in pairs]
+
+def compare_runs(results: Results, statistics: Statistics | None = None) -> list[Comparison]:
+    """A comparison per benchmark, prompt and way of scoring, in the plan's order; changes are tested where statistics are given."""
+    groups = dict.fromkeys((item.benchmark.name, item.prompt.name, item.scoring) for item in results.plan.evaluations)
+    return [_compare(results, statistics, *group) for group in groups]
 
 
-def evaluations_of(results: Results, benchmark: str, prompt: str) -> list[EvaluationSpec]:
-    """The evaluations of one benchmark and prompt, by shots."""
-    chosen = [item for item in results.plan.evaluations if (item.benchmark.name, item.prompt.name) == (benchmark, prompt)]
+def evaluations_of(results: Results, benchmark: str, prompt: str, scoring: ScoringWay = "generate") -> list[EvaluationSpec]:
+    """The evaluations of one benchmark, prompt and way of scoring, by shots."""
+    wanted = benchmark, prompt, scoring
+    chosen = [item for item in results.plan.evaluations if (item.benchmark.name, item.prompt.name, item.scoring) == wanted]
     return sorted(chosen, key=lambda item: item.shots)
 
 
@@ -63,8 +82,8 @@ def last_score(result: RunResult, evaluation: EvaluationSpec) -> Score | None:
     return scores[-1] if scores else None
 
 
-def _compare(results: Results, benchmark: str, prompt: str) -> Comparison:
-    evaluations = evaluations_of(results, benchmark, prompt)
+def _compare(results: Results, statistics: Statistics | None, benchmark: str, prompt: str, scoring: ScoringWay) -> Comparison:
+    evaluations = evaluations_of(results, benchmark, prompt, scoring)
     final = {result.run_key: _final_scores(result, evaluations) for result in results.runs}
     best = {
         (item.shots, metric): max((scores[item.shots].value(metric) for scores in final.values() if item.shots in scores), default=0.0)
@@ -76,9 +95,12 @@ def _compare(results: Results, benchmark: str, prompt: str) -> Comparison:
         own = final[result.run_key]
         base = results.base_of(result)
         before = final[base.run_key] if base else {}
-        cells = {(shots, metric): _cell(own.get(shots), before.get(shots), metric, peak) for (shots, metric), peak in best.items()}
+        cells = {
+            (shots, metric): _cell(result.run_key, own.get(shots), before.get(shots), metric, peak, statistics)
+            for (shots, metric), peak in best.items()
+        }
         lines.append(Line(result, max((score.step for score in own.values()), default=None), cells))
-    return Comparison(benchmark, prompt, [item.shots for item in evaluations], lines)
+    return Comparison(benchmark, prompt, scoring, [item.shots for item in evaluations], lines)
 
 
 def _final_scores(result: RunResult, evaluations: list[EvaluationSpec]) -> dict[int, Score]:
@@ -88,11 +110,18 @@ def _final_scores(result: RunResult, evaluations: list[EvaluationSpec]) -> dict[
     return {score.evaluation.shots: score for score in scores if score.step == last}
 
 
-def _cell(score: Score | None, base: Score | None, metric: Metric, best: float) -> Cell | None:
+def _cell(run_key: str, score: Score | None, base: Score | None, metric: Metric, best: float, statistics: Statistics | None) -> Cell | None:
     if score is None:
         return None
     value = score.value(metric)
-    return Cell(value, None if base is None else value - base.value(metric), value == best > 0)
+    tested = statistics.row_of(run_key, score, metric) if statistics else None
+    return Cell(
+        value=value,
+        interval=score.intervals.get(metric),
+        change=None if base is None else value - base.value(metric),
+        p_holm=tested.p_holm if tested else None,
+        is_best=value == best > 0,
+    )
 
 
 def score_text(value: float) -> str:

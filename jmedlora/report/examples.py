@@ -51,12 +51,15 @@ class ExampleSet:
 
 
 def choose_examples(results: Results, storage: Storage) -> list[ExampleSet]:
-    """Examples of the first models of the sweep, on its first benchmark, with its own prompt and the fewest shots."""
-    own = [item for item in results.plan.evaluations if item.prompt.name == results.plan.default_prompt] or results.plan.evaluations
-    if not own:
+    """Examples of the first tuned models, on the first benchmark, written answers to the sweep's own prompt with the fewest shots."""
+    if not results.plan.evaluations:
         return []
-    evaluation = min(own, key=lambda item: item.shots)  # of several benchmarks the first
-    chosen = [_choose_of_model(results, storage, model, evaluation) for model in results.models[:MODELS_SHOWN]]
+    own = results.plan.default_prompt
+    evaluation = min(  # of several benchmarks the first
+        results.plan.evaluations, key=lambda item: (item.scoring != "generate", item.prompt.name != own, item.shots)
+    )
+    models = list(dict.fromkeys(result.model for result in results.tuned))
+    chosen = [_choose_of_model(results, storage, model, evaluation) for model in models[:MODELS_SHOWN]]
     return [examples for examples in chosen if examples is not None]
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from jmedlora.config.benchmark import ScoringWay
 from jmedlora.plan.naming import number
 from jmedlora.plan.specs import EvaluationSpec
-from jmedlora.report.collect import METRICS, Metric, Results, RunResult
+from jmedlora.report.collect import METRICS, Metric, Results, RunResult, Score
 from jmedlora.report.comparison import METRIC_NAMES, evaluations_of, last_score
 
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#06b6d4", "#ec4899", "#84cc16")
@@ -39,24 +40,20 @@ class PageFigure:
     figures: dict[str, go.Figure]
 
 
-def draw_scores(results: Results, benchmark: str, prompt: str) -> list[PageFigure]:
-    """The figures of one benchmark and prompt; none where nothing is evaluated yet."""
-    evaluations = evaluations_of(results, benchmark, prompt)
+def draw_scores(results: Results, benchmark: str, prompt: str, scoring: ScoringWay = "generate") -> list[PageFigure]:
+    """The figures of one benchmark, prompt and way of scoring; none where nothing is evaluated yet."""
+    evaluations = evaluations_of(results, benchmark, prompt, scoring)
     if not any(result.scores_of(item) for result in results.runs for item in evaluations):
         return []
     drawn, told = _limited(results, [result for result in results.tuned if result.scores])
-    figures = [
-        PageFigure(
+    figures = []
+    if results.tuned:
+        by_step = PageFigure(
             "Scores by training step",
             f"Step 0 is the base model in the run's own precision. Colours tell method and rank, markers the number of epochs.{told}",
             {metric: _scores_by_step(results, drawn or results.bases, evaluations, metric) for metric in METRICS},
-        ),
-        PageFigure(
-            "Final scores by rank and epochs",
-            "Each run at its last evaluated step; where runs differ in anything else (a seed), their mean.",
-            {metric: _final_scores(results, evaluations, metric) for metric in METRICS},
-        ),
-    ]
+        )
+        figures.append(by_step)
     if len(evaluations) > 1:
         first, second = evaluations[:2]
         across = PageFigure(
@@ -64,7 +61,15 @@ def draw_scores(results: Results, benchmark: str, prompt: str) -> list[PageFigur
             f"Dotted lines lead from the base to the tuned model. Above the diagonal, the solved examples in the prompt help.{told}",
             {metric: _shots_against_shots(results, drawn, first, second, metric) for metric in METRICS},
         )
-        figures.insert(1, across)
+        figures.append(across)
+    if results.tuned:
+        final = PageFigure(
+            "Final scores by rank and epochs",
+            "Each run at its last evaluated step, with its 95 % interval over the questions. Where runs differ in anything else (a seed), "
+            "their mean, with the range of their scores.",
+            {metric: _final_scores(results, evaluations, metric) for metric in METRICS},
+        )
+        figures.append(final)
     return figures
 
 
@@ -155,6 +160,7 @@ def _final_scores(results: Results, evaluations: list[EvaluationSpec], metric: M
                 bar = go.Bar(
                     x=axis,
                     y=[_mean_score(group, evaluation, metric) for group in groups],
+                    error_y=_error_bars(groups, evaluation, metric),
                     name=name,
                     legendgroup=name,
                     showlegend=first,
@@ -192,11 +198,13 @@ class _Styles:
         self._colours = {group: COLOURS[index % len(COLOURS)] for index, group in enumerate(groups)}
         epochs = sorted({result.epochs for result in results.tuned})
         self._symbols = {value: SYMBOLS[index % len(SYMBOLS)] for index, value in enumerate(epochs)}
+        self._references = {result.run_key for result in results.references}
         self._told: set[str] = set()
 
     def line(self, result: RunResult) -> dict[str, Any]:
         """Keyword arguments of a Scatter trace."""
-        name = "base" if result.is_base else f"{result.method} rank {result.rank}"
+        bare = "as it is" if result.run_key in self._references else "base"
+        name = bare if result.is_base else f"{result.method} rank {result.rank}"
         first = name not in self._told
         self._told.add(name)
         colour = BASE_COLOUR if result.is_base else self._colours[result.method, result.rank]
@@ -266,6 +274,29 @@ def _lay_out(figure: go.Figure, rows: int, x_title: str, y_title: str) -> go.Fig
 def _mean_score(group: list[RunResult], evaluation: EvaluationSpec, metric: Metric) -> float | None:
     scores = [score for result in group if (score := last_score(result, evaluation))]
     return _mean([score.value(metric) for score in scores])
+
+
+def _error_bars(groups: list[list[RunResult]], evaluation: EvaluationSpec, metric: Metric) -> dict[str, Any]:
+    """Above and below each bar: the interval of a run; of several runs the range of their scores."""
+    bounds = [_bounds([score for result in group if (score := last_score(result, evaluation))], metric) for group in groups]
+    means = [_mean_score(group, evaluation, metric) or 0.0 for group in groups]
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [_rounded(high - mean) if high is not None else None for (_, high), mean in zip(bounds, means, strict=True)],
+        "arrayminus": [_rounded(mean - low) if low is not None else None for (low, _), mean in zip(bounds, means, strict=True)],
+        "color": BASE_COLOUR,
+        "thickness": 1.3,
+        "width": 4,
+    }
+
+
+def _bounds(scores: list[Score], metric: Metric) -> tuple[float, float] | tuple[None, None]:
+    if len(scores) > 1:
+        values = [score.value(metric) for score in scores]
+        return min(values), max(values)
+    interval = scores[0].intervals.get(metric) if scores else None
+    return (interval.low, interval.high) if interval else (None, None)
 
 
 def _rounded(value: float) -> float:

@@ -12,18 +12,27 @@ from plotly.offline import get_plotlyjs
 
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import RunSpec
+from jmedlora.report.claims import Study, is_synthetic, judge_claims
 from jmedlora.report.collect import METRICS, Results
-from jmedlora.report.comparison import METRIC_NAMES, Comparison, change_text, compare_runs, score_text
+from jmedlora.report.comparison import METRIC_NAMES, Comparison, change_text, compare_runs, evaluations_of, score_text
+from jmedlora.report.evidence import points
 from jmedlora.report.examples import choose_examples
+from jmedlora.report.exams import exam_tables
 from jmedlora.report.figures import PageFigure, draw_losses, draw_scores
+from jmedlora.report.measuring import Measuring, measure
+from jmedlora.report.ranks import Estimate
+from jmedlora.report.significance import Statistics
 from jmedlora.report.table import cost_rows
 
 _TEMPLATE = "template.html.j2"
-_SYNTHETIC = ("synthetic", "made-up", "合成")
+PAIRS_SHOWN, ROWS_SHOWN = 60, 40
+"""Lines of long tables; the files beside the page hold the rest."""
 
 
-def page_html(results: Results, storage: Storage) -> str:
-    """The report as one HTML text, plotly.js included."""
+def page_html(
+    results: Results, storage: Storage, statistics: Statistics, study: Study | None = None, measuring: Measuring | None = None
+) -> str:
+    """The report as one HTML text, plotly.js included; `study` and `measuring` are made here where they are not given."""
     environment = Environment(
         loader=PackageLoader("jmedlora.report", package_path=""),
         autoescape=True,
@@ -31,8 +40,17 @@ def page_html(results: Results, storage: Storage) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"score": score_text, "change": change_text, "day": _day, "duration": _duration}
-    sections = [_section(results, comparison) for comparison in compare_runs(results)]
+    environment.filters |= {
+        "score": score_text,
+        "change": change_text,
+        "points": points,
+        "percent": _percent,
+        "p_value": _p_value,
+        "estimate": _estimate,
+        "day": _day,
+        "duration": _duration,
+    }
+    sections = [_section(results, storage, statistics, comparison) for comparison in compare_runs(results, statistics)]
     losses = draw_losses(results)
     figures = [figure for section in sections for figure in section["figures"]] + losses
     return environment.get_template(_TEMPLATE).render(
@@ -43,15 +61,32 @@ def page_html(results: Results, storage: Storage) -> str:
         losses=losses,
         examples=choose_examples(results, storage),
         costs=cost_rows(results),
+        statistics=statistics,
+        study=study or judge_claims(results, statistics.answers),
+        measuring=measuring or measure(results, statistics),
         metrics=METRICS,
         metric_names=METRIC_NAMES,
+        scoring_names={"generate": "written answers", "loglikelihood": "log-likelihood"},
+        effect_names={"odds_ratio": "odds ratio", "cohens_dz": "d"},
+        verdict_signs={"supported": "✓", "contradicted": "✗", "undecided": "?"},
+        rows_shown=ROWS_SHOWN,
         figures_json=_script_json([_figure_json(figure) for figure in figures]),
         plotly=Markup(get_plotlyjs()) if figures else "",
     )
 
 
-def _section(results: Results, comparison: Comparison) -> dict[str, Any]:
-    return {"comparison": comparison, "figures": draw_scores(results, comparison.benchmark, comparison.prompt)}
+def _section(results: Results, storage: Storage, statistics: Statistics, comparison: Comparison) -> dict[str, Any]:
+    """What is shown of one benchmark, prompt and way of scoring."""
+    place = comparison.benchmark, comparison.prompt, comparison.scoring
+    pairs = [row for row in statistics.between_runs if (row.benchmark, row.prompt, row.scoring) == place]
+    certain = sorted(pairs, key=lambda row: (row.p_holm, row.p))[:PAIRS_SHOWN]
+    return {
+        "comparison": comparison,
+        "figures": draw_scores(results, *place),
+        "pairs": {"rows": certain, "total": len(pairs)},
+        "replicates": [row for row in statistics.replicates if (row.benchmark, row.prompt, row.scoring) == place],
+        "exam": exam_tables(results, storage, evaluations_of(results, *place)),
+    }
 
 
 def _figure_json(figure: PageFigure) -> dict[str, Any]:
@@ -69,14 +104,13 @@ def _facts(results: Results) -> dict[str, Any]:
     runs = [result.spec for result in results.tuned if isinstance(result.spec, RunSpec)]
     data = list({run.data_digest or run.data.name: (run.data, run.rows) for run in runs}.values())
     benchmarks = list({item.benchmark.name: (item.benchmark, item.questions) for item in results.plan.evaluations}.values())
-    notes = [*(part.note for part, _ in data), *(part.note for part, _ in benchmarks)]
     times = [score.time for result in results.runs for score in result.scores]
     times += [time for result in results.tuned for time in (result.started, result.finished) if time is not None]
     wanted = sum(len(run.checkpoint_steps) for run in runs) + len(results.bases)
     return {
         "data": data,
         "benchmarks": benchmarks,
-        "is_synthetic": any(word in note.lower() for note in notes for word in _SYNTHETIC),
+        "is_synthetic": is_synthetic(results),
         "begun": min(times, default=None),
         "ended": max(times, default=None),
         "counts": {
@@ -86,6 +120,20 @@ def _facts(results: Results) -> dict[str, Any]:
         "evaluations_done": sum(len(result.scores) for result in results.runs),
         "evaluations_wanted": wanted * len(results.plan.evaluations),
     }
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _estimate(estimate: Estimate) -> str:
+    if estimate.value is None or estimate.low is None or estimate.high is None:
+        return "all tied"
+    return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})".replace("-", "−")
 
 
 def _day(seconds: float) -> str:

@@ -4,48 +4,45 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from jmedlora.plan.naming import number, targets_of
 from jmedlora.plan.specs import RunSpec
-from jmedlora.report.collect import METRICS, Results, RunResult, Score
+from jmedlora.report.collect import METRICS, Results, RunResult, Score, evaluation_order
 from jmedlora.report.comparison import METRIC_NAMES, Cell, Comparison, Line, change_text, compare_runs, score_text
+from jmedlora.report.significance import Statistics
 
 COLUMNS = (
     *("run_key", "model", "method", "lora_rank", "lora_alpha", "epochs", "step", "seed", "benchmark", "shots", "prompt", "n"),
-    *("accuracy", "exact_match", "gestalt_score", "precision"),
-    *("accuracy_low", "accuracy_high", "exact_match_low", "exact_match_high"),
-    *("lora_dropout", "lora_targets", "learning_rate", "schedule", "batch_size", "data", "training_prompt", "base_key", "evaluation_key"),
+    *("accuracy", "exact_match", "gestalt_score", "scoring"),
+    *(f"{metric}_{bound}" for metric in METRICS for bound in ("low", "high")),
+    *("precision", "lora_dropout", "lora_targets", "learning_rate", "schedule", "batch_size", "data", "training_prompt"),
+    *("base_key", "evaluation_key"),
+    *(f"{metric}_{p}" for metric in METRICS for p in ("p", "p_holm")),
 )
 COST_COLUMNS = (
     *("run_key", "name", "model", "method", "precision", "status", "steps", "training_seconds", "tokens", "tokens_per_s"),
     *("workers", "gpu_hours", "evaluation_seconds"),
 )
-_Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+_DIGITS = 6  # of what statistics compute
 
 
-def table_csv(results: Results) -> str:
-    """One row per run x evaluated step x benchmark x shots x prompt; nothing in it depends on clock or machine.
+def table_csv(results: Results, statistics: Statistics) -> str:
+    """One row per run x evaluated step x benchmark x shots x prompt x scoring; nothing in it depends on clock or machine.
 
-    Bounds of accuracy and exact match are Wilson's 95 % intervals over the questions.
+    Bounds are 95 % bootstrap intervals over the questions, empty where no predictions are stored. p values compare the run
+    with its base, at its last evaluated step alone.
     """
     rows = []
     for result in results.runs:
-        for score in sorted(result.scores, key=lambda score: (score.step, *_evaluation_order(score))):
-            rows.append(_table_row(result, score))
-    return _csv_text(COLUMNS, rows)
+        for score in sorted(result.scores, key=lambda score: (score.step, *evaluation_order(score.evaluation))):
+            rows.append(_table_row(result, score, statistics))
+    return csv_text(COLUMNS, rows)
 
 
-def _evaluation_order(score: Score) -> tuple[str, str, int]:
-    return score.evaluation.benchmark.name, score.evaluation.prompt.name, score.evaluation.shots
-
-
-def _table_row(result: RunResult, score: Score) -> dict[str, Any]:
+def _table_row(result: RunResult, score: Score, statistics: Statistics) -> dict[str, Any]:
     run = result.spec if isinstance(result.spec, RunSpec) else None
-    accuracy_low, accuracy_high = wilson_interval(score.accuracy, score.n)
-    exact_low, exact_high = wilson_interval(score.exact_match, score.n)
     return {
         "run_key": result.run_key,
         "model": result.model,
@@ -62,11 +59,9 @@ def _table_row(result: RunResult, score: Score) -> dict[str, Any]:
         "accuracy": score.accuracy,
         "exact_match": score.exact_match,
         "gestalt_score": score.gestalt_score,
+        "scoring": score.evaluation.scoring,
+        **_bounds(score),
         "precision": result.spec.precision,
-        "accuracy_low": accuracy_low,
-        "accuracy_high": accuracy_high,
-        "exact_match_low": exact_low,
-        "exact_match_high": exact_high,
         "lora_dropout": number(run.settings.dropout) if run else 0,
         "lora_targets": targets_of(run) if run else "",
         "learning_rate": number(run.settings.learning_rate) if run else 0,
@@ -76,17 +71,26 @@ def _table_row(result: RunResult, score: Score) -> dict[str, Any]:
         "training_prompt": run.prompt.name if run else "",
         "base_key": run.base_key if run else "",
         "evaluation_key": score.evaluation.evaluation_key,
+        **_p_values(result, score, statistics),
     }
 
 
-def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `n` questions, rounded to six digits."""
-    if n == 0:
-        return 0.0, 1.0
-    square = _Z95 * _Z95
-    centre = (share + square / (2 * n)) / (1 + square / n)
-    half = _Z95 / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
-    return round(max(0.0, centre - half), 6), round(min(1.0, centre + half), 6)
+def _bounds(score: Score) -> dict[str, float]:
+    return {
+        f"{metric}_{name}": round(bound, _DIGITS)
+        for metric, interval in score.intervals.items()
+        for name, bound in (("low", interval.low), ("high", interval.high))
+    }
+
+
+def _p_values(result: RunResult, score: Score, statistics: Statistics) -> dict[str, str]:
+    rows = {metric: statistics.row_of(result.run_key, score, metric) for metric in METRICS}
+    return {f"{metric}_{name}": p_spelling(getattr(row, name)) for metric, row in rows.items() if row for name in ("p", "p_holm")}
+
+
+def p_spelling(p: float) -> str:
+    """Six significant digits: p values may be far smaller than any rounding to a number of decimals keeps."""
+    return f"{p:.6g}"
 
 
 def cost_rows(results: Results) -> list[dict[str, Any]]:
@@ -112,10 +116,11 @@ def cost_rows(results: Results) -> list[dict[str, Any]]:
 
 
 def costs_csv(results: Results) -> str:
-    return _csv_text(COST_COLUMNS, cost_rows(results))
+    return csv_text(COST_COLUMNS, cost_rows(results))
 
 
-def _csv_text(columns: Sequence[str], rows: list[dict[str, Any]]) -> str:
+def csv_text(columns: Sequence[str], rows: list[dict[str, Any]]) -> str:
+    """A table with a head; what a row lacks stays empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -126,12 +131,16 @@ def _csv_text(columns: Sequence[str], rows: list[dict[str, Any]]) -> str:
 # ---------------------------------------------------------------- Markdown
 
 
-def table_md(results: Results) -> str:
+def table_md(results: Results, statistics: Statistics) -> str:
     """The comparison as Markdown: each run at its last evaluated step, with its change against its own base."""
     parts = [f"# {results.plan.sweep}"]
-    for comparison in compare_runs(results):
-        parts += [f"## {comparison.benchmark}, prompt {comparison.prompt}", _comparison_md(comparison)]
-    parts.append("In brackets: the change against the base in the same precision. Bold: the best of its column.")
+    for comparison in compare_runs(results, statistics):
+        parts += [f"## {comparison.title}", _comparison_md(comparison)]
+    parts.append(
+        "In square brackets: the 95 % interval over the questions. In round ones: the change against the base in the same "
+        "precision, \\* where p is below 0.05 and \\*\\* where it is below 0.01 after Holm's correction over the sweep. "
+        "Bold: the best of its column."
+    )
     failed = [
         f"- {_escape(result.name)} (`{result.run_key}`): {_escape(result.error or 'no reason stored')}"
         for result in results.tuned
@@ -158,8 +167,12 @@ def _labels(line: Line) -> list[str]:
 def _cell_md(cell: Cell | None) -> str:
     if cell is None:
         return "–"
-    value = f"**{score_text(cell.value)}**" if cell.is_best else score_text(cell.value)
-    return value if cell.change is None else f"{value} ({change_text(cell.change)})"
+    parts = [f"**{score_text(cell.value)}**" if cell.is_best else score_text(cell.value)]
+    if cell.interval is not None:
+        parts.append(f"[{score_text(cell.interval.low)}, {score_text(cell.interval.high)}]")
+    if cell.change is not None:
+        parts.append(f"({change_text(cell.change)}{cell.mark.replace('*', chr(92) + '*')})")
+    return " ".join(parts)
 
 
 def _escape(text: str) -> str:

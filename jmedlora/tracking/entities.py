@@ -7,7 +7,7 @@ from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
-from jmedlora.config.benchmark import BenchmarkConfig
+from jmedlora.config.benchmark import DEFAULT_METRICS, METRIC_VARIANTS, BenchmarkConfig
 from jmedlora.config.data import DataConfig
 from jmedlora.config.digest import KEY_LENGTH
 from jmedlora.plan.naming import epochs_of, number, targets_of
@@ -23,8 +23,11 @@ def milliseconds(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-def run_params(run: RunSpec, workers: int, zero_stage: int) -> dict[str, str]:
-    """Parameters of a run; a base has the same keys, so that MLflow's comparison views line up."""
+def run_params(run: RunSpec, workers: int, zero_stage: int, metric_settings: str) -> dict[str, str]:
+    """Parameters of a run; a base has the same keys, so that MLflow's comparison views line up.
+
+    `metric_settings`: the name of those that its scores were made with.
+    """
     settings = run.settings
     values: dict[str, Any] = {
         "model": run.model.name,
@@ -52,11 +55,12 @@ def run_params(run: RunSpec, workers: int, zero_stage: int) -> dict[str, str]:
         "rows": run.rows,
         "prompt": run.prompt.name,
         "model_parameters": run.model_parameters,
+        "metric_settings": metric_settings,
     }
     return {key: _spell(value) for key, value in values.items()}
 
 
-def base_params(base: BaseSpec) -> dict[str, str]:
+def base_params(base: BaseSpec, metric_settings: str) -> dict[str, str]:
     """Parameters of a bare base model: the keys of `run_params`, with 0 or `-` for what training would set."""
     values: dict[str, Any] = {
         "model": base.model.name,
@@ -73,8 +77,16 @@ def base_params(base: BaseSpec) -> dict[str, str]:
         "rows": 0,
         "prompt": "-",
         "model_parameters": base.model_parameters,
+        "metric_settings": metric_settings,
     }
     return {key: _spell(value) for key, value in values.items()}
+
+
+def metrics_named(plan: Plan) -> str:
+    """The name of the plan's metric settings, or what sets them apart from the default."""
+    settings = plan.evaluations[0].metrics if plan.evaluations else DEFAULT_METRICS
+    names = [name for name, variant in METRIC_VARIANTS.items() if variant == settings]
+    return names[0] if names else ",".join(f"{key}={value}" for key, value in settings.model_dump(exclude_defaults=True).items())
 
 
 def _spell(value: Any) -> str:
@@ -82,14 +94,26 @@ def _spell(value: Any) -> str:
 
 
 def metric_prefix(plan: Plan, evaluation: EvaluationSpec) -> str:
-    """`igakuqa/1shot`, and `igakuqa/1shot/other-prompt` for prompts beside the sweep's own."""
-    prefix = f"{evaluation.benchmark.name}/{evaluation.shots}shot"
-    return prefix if evaluation.prompt.name == plan.default_prompt else f"{prefix}/{evaluation.prompt.name}"
+    """`igakuqa/1shot`; then the prompt, unless it is the sweep's own, and the way of scoring, unless answers are generated."""
+    parts = [evaluation.benchmark.name, f"{evaluation.shots}shot"]
+    parts += [evaluation.prompt.name] * (evaluation.prompt.name != plan.default_prompt)
+    parts += [evaluation.scoring] * (evaluation.scoring != "generate")
+    return "/".join(parts)
 
 
 def score_points(prefix: str, metrics: Record, step: int) -> list[Metric]:
     """The scores of one evaluation, dated when it was made."""
-    return [Metric(f"{prefix}/{score}", metrics[score], milliseconds(metrics["time"]), step) for score in SCORES]
+    keys = [key for score in SCORES for key in (score, f"{score}_low", f"{score}_high") if metrics.get(key) is not None]
+    values = {key: metrics[key] for key in keys}
+    if (exam := metrics.get("exam")) and exam.get("points_total"):
+        values |= {"exam_points": exam["points"], "exam_prohibited": exam["prohibited"]}
+    return [Metric(f"{prefix}/{key}", value, milliseconds(metrics["time"]), step) for key, value in values.items()]
+
+
+def change_points(prefix: str, change: Record, timestamp: int) -> list[Metric]:
+    """How a run's last scores differ from its base's: `…/accuracy_change`, `…/accuracy_p`, and `…/accuracy_p_holm` over the sweep."""
+    values = {"change": change["difference"], "p": change["p"], "p_holm": change["p_holm"]}
+    return [Metric(f"{prefix}/{change['metric']}_{key}", value, timestamp, change["step"]) for key, value in values.items()]
 
 
 def training_points(record: Record) -> list[Metric]:

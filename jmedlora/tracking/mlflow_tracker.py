@@ -21,8 +21,10 @@ from jmedlora.plan.records import Record, finished_metrics, read_metrics, read_p
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec
 from jmedlora.tracking.entities import (
     base_params,
+    change_points,
     dataset_inputs,
     metric_prefix,
+    metrics_named,
     milliseconds,
     predictions_table,
     run_params,
@@ -61,7 +63,8 @@ class MlflowTracker:
         self._specs = bases | {run.run_key: run for run in plan.runs}
         self._names = names_of(plan)
         self._workers = {run.run_key: trial.workers for trial in plan.trials for run in trial.runs}
-        self._evaluations = {(item.benchmark.name, item.shots, item.prompt.name): item for item in plan.evaluations}
+        self._evaluations = {item.evaluation_key: item for item in plan.evaluations}
+        self._metrics = metrics_named(plan)
         self._experiment = ""
         self._parent = ""
         self._started = 0.0
@@ -99,6 +102,21 @@ class MlflowTracker:
             if path.is_file():
                 self._client.log_artifact(self._parent, str(path))
 
+    def log_changes(self, changes: Sequence[Record]) -> None:
+        """Logs how runs differ from their bases (`run_key, evaluation_key, step, metric, difference, p, p_holm`).
+
+        They follow from all evaluations of the sweep together, and are dated with the last of them: when the sweep grows,
+        Holm's correction changes, and the later value is the one that MLflow shows.
+        """
+        stored = [metrics for spec in self._specs.values() for _, _, metrics in finished_metrics(self._plan, self._storage, spec)]
+        timestamp = milliseconds(max((metrics["time"] for metrics in stored), default=self._started))
+        by_run: dict[str, list[Metric]] = {}
+        for change in changes:
+            prefix = metric_prefix(self._plan, self._evaluations[change["evaluation_key"]])
+            by_run.setdefault(change["run_key"], []).extend(change_points(prefix, change, timestamp))
+        for run_key, points in by_run.items():
+            self._log_points(run_key, points)
+
     def restore_from_storage(self) -> None:
         """Writes everything that storage holds for this plan; what MLflow has already is left as it is."""
         for run_key in self._specs:
@@ -118,7 +136,7 @@ class MlflowTracker:
     def log_evaluation(self, metrics: Record) -> None:
         """Logs one evaluation (a metrics.json that is in storage); a base's scores also open each of its runs at step 0."""
         run_key, step = metrics["run_key"], metrics["step"]
-        evaluation = self._evaluations[metrics["benchmark"], metrics["shots"], metrics["prompt"]]
+        evaluation = self._evaluations[metrics["evaluation_key"]]
         followers = [run.run_key for run in self._plan.runs if run.base_key == run_key]
         for key in (run_key, *followers):
             self._log_points(key, self._points(step, evaluation, metrics))
@@ -143,11 +161,11 @@ class MlflowTracker:
     def _params(self, run_key: str) -> dict[str, str]:
         spec = self._specs[run_key]
         if isinstance(spec, BaseSpec):
-            return base_params(spec)
+            return base_params(spec, self._metrics)
         # a run trained for an earlier sweep keeps what it was trained with
         trained = read_run(self._storage, run_key) or {}
         workers = trained.get("workers") or self._workers.get(run_key, 1)
-        return run_params(spec, workers, trained.get("zero_stage", spec.deepspeed.zero_stage))
+        return run_params(spec, workers, trained.get("zero_stage", spec.deepspeed.zero_stage), self._metrics)
 
     def _contradicts(self, run_key: str, child: Run) -> bool:
         """True where a parameter has changed; parameters that are missing (a start cut short) count as well."""
@@ -266,4 +284,5 @@ class MlflowTracker:
 
 
 def _table_path(evaluation: EvaluationSpec) -> str:
-    return f"predictions/{evaluation.benchmark.name}.{evaluation.shots}shot.{evaluation.prompt.name}.json"
+    way = "" if evaluation.scoring == "generate" else f".{evaluation.scoring}"
+    return f"predictions/{evaluation.benchmark.name}.{evaluation.shots}shot.{evaluation.prompt.name}{way}.json"

@@ -19,13 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jmedlora.config import clock
 from jmedlora.config.digest import key_of
+from jmedlora.config.locate import cache_dir
 from jmedlora.data.instructions import load_instructions
 from jmedlora.data.prompts import prompt_digest
 from jmedlora.data.tokenisation import tokenise_rows
 from jmedlora.models.adapters import base_name, save_adapter
 from jmedlora.models.dropout import DropoutContext
 from jmedlora.models.lora import ADAPTER, attach_lora
-from jmedlora.models.source import cache_dir
 from jmedlora.plan.layout import RunFolder
 from jmedlora.plan.specs import RunSpec
 from jmedlora.training.batches import MiniBatches, divide

@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from jmedlora.config.benchmark import HARNESS_METRICS, BenchmarkConfig, PromptConfig
+from jmedlora.config.benchmark import DEFAULT_METRICS, HARNESS_METRICS, BenchmarkConfig, PromptConfig
 from jmedlora.config.faults import BadInput
 from jmedlora.config.parts import Family, ModelConfig, Precision
 from jmedlora.data.benchmarks import load_benchmark
 from jmedlora.data.prompts import render_prompt
 from jmedlora.evaluation.evaluator import AdapterDoesNotFit, AdapterHasNoEffect, Evaluator
 from jmedlora.evaluation.metrics import first_line_is_complete, score_response
+from jmedlora.evaluation.results import SCORES
 from jmedlora.models.adapters import AdapterDamaged, adapter_digest, save_adapter
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.source import materialise
@@ -246,7 +247,7 @@ def test_an_adapter_for_other_layers_or_shapes_is_refused_and_leaves_the_base_cl
 
 @one_family(("llama", "fp32"))
 def test_what_is_written(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jmedlora.evaluation.evaluator.now", lambda: 1_700_000_000.5)
+    monkeypatch.setattr("jmedlora.evaluation.results.now", lambda: 1_700_000_000.5)
     folder, spec, progress = case.write_adapter(100, 6.0), evaluation(2, max_new_tokens=20), []
     metrics = case.evaluator.evaluate(RUN, 100, spec, case.storage, lambda done, total: progress.append((done, total)))
     assert progress == [(4, 6), (6, 6)]
@@ -283,7 +284,8 @@ def test_what_is_written(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         "accuracy": sum(row["correct"] for row in rows) / 6,
         "exact_match": sum(row["exact_match"] for row in rows) / 6,
         "gestalt_score": math.fsum(row["gestalt_score"] for row in rows) / 6,
-        "metric_settings": {"autojunk": False, "both_orders": False, "first_line": True, "nfkc": False, "remove_full_stops": False},
+        **{key: metrics[key] for score in SCORES for key in (f"{score}_low", f"{score}_high")},
+        "metric_settings": DEFAULT_METRICS.model_dump(mode="json"),
         "scoring": "generate",
         "adapter_digest": adapter_digest(folder),
         "prompt_tokens": sum(min(length, 236) for length in lengths),
@@ -293,6 +295,7 @@ def test_what_is_written(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         "time": 1_700_000_000.5,
         "device": "cpu",
     }
+    assert all(0 <= metrics[f"{score}_low"] <= metrics[score] <= metrics[f"{score}_high"] <= 1 for score in SCORES)
     assert 0 < metrics["truncated_prompts"] < 6, "the benchmark no longer reaches the model's limit"
     assert 0 < metrics["new_tokens"] <= 6 * 20
     assert metrics["seconds"] > 0
@@ -304,7 +307,7 @@ def test_metric_settings_change_scores_and_not_predictions(case: Case) -> None:
     case.evaluator.evaluate(BASE, 0, spec, case.storage)
     plain = case.texts(0, spec, BASE)
     metrics = case.evaluator.evaluate(BASE, 0, spec.model_copy(update={"metrics": HARNESS_METRICS}), case.storage)
-    assert metrics["metric_settings"]["both_orders"] is True
+    assert metrics["metric_settings"]["order"] == "mean"
     assert case.texts(0, spec, BASE) == plain
 
 

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from jmedlora.config.locate import cache_dir
 from jmedlora.data.instructions import load_instructions
 from jmedlora.data.rows import Instruction
 from jmedlora.data.tokenisation import tokenise_rows
@@ -20,7 +21,7 @@ from jmedlora.models.adapters import verify
 from jmedlora.models.dropout import DropoutContext
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.lora import attach_lora
-from jmedlora.models.source import cache_dir, materialise
+from jmedlora.models.source import materialise
 from jmedlora.plan.layout import ADAPTER_WEIGHTS, Storage
 from jmedlora.plan.records import read_run, read_training
 from jmedlora.plan.specs import RunSpec

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from jmedlora.config.faults import BadInput
+from jmedlora.config.locate import cache_dir
 from jmedlora.config.parts import Architecture, GgufSource, HubSource, ModelConfig, NamedSource, PathSource
 from jmedlora.config.run import RunSettings
 from jmedlora.models.adapters import AdapterDamaged, adapter_digest, base_name, save_adapter, verify
@@ -19,7 +20,7 @@ from jmedlora.models.dropout import DropoutContext, KeyedDropout
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.lora import attach_lora, target_modules
 from jmedlora.models.random_models import build_model
-from jmedlora.models.source import SourceMissing, cache_dir, materialise
+from jmedlora.models.source import SourceMissing, materialise
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
