@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from jmedlora import __version__
-from jmedlora.cli import check, data, evaluate, sweeps
+from jmedlora.cli import check, data, evaluate, score, sweeps
 from jmedlora.cli.common import BAD_INPUT
 from jmedlora.config.faults import BadInput
 
@@ -20,7 +20,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
-for command in (sweeps.plan, sweeps.sweep, sweeps.submit, sweeps.status, evaluate.evaluate, sweeps.report, sweeps.ui, sweeps.doctor):
+COMMANDS = (
+    *(sweeps.plan, sweeps.sweep, sweeps.submit, sweeps.status),
+    *(evaluate.evaluate, score.score),
+    *(sweeps.report, sweeps.ui, sweeps.doctor),
+)
+for command in COMMANDS:
     app.command()(command)
 data.app.command()(check.check)
 app.add_typer(data.app, name="data")

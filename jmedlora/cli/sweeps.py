@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,11 @@ from jmedlora.config.compose import load_sweep
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.locate import cache_dir
 from jmedlora.config.sweep import SweepConfig
+
+if TYPE_CHECKING:
+    from jmedlora.orchestrator.driver import Outcome
+    from jmedlora.report.collect import Results
+    from jmedlora.report.significance import Statistics
 
 Address = Annotated[str | None, typer.Option(help="A Ray cluster; left out: RAY_ADDRESS, or a Ray of its own on this machine.")]
 
@@ -62,7 +67,7 @@ def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = 
     except KeyboardInterrupt:  # before or after the work itself
         print("interrupted; the same command goes on from here")
         raise typer.Exit(INTERRUPTED) from None
-    _print_outcome(console, sweep, config.storage_path, planned.sweep, outcome.problems, outcome.exit_code)
+    _print_outcome(console, sweep, config.storage_path, planned.sweep, outcome)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -102,13 +107,15 @@ def status(sweep: SweepArgument, overrides: Overrides = None, as_json: AsJson = 
 
 def report(sweep: SweepArgument, overrides: Overrides = None) -> None:
     """Write tables, plots and the HTML page of a sweep again from what is stored."""
+    from jmedlora.evaluation.rescoring import rescore_stored
     from jmedlora.plan.layout import Storage
     from jmedlora.report.writer import write_report
 
     config = _stored_config(sweep, overrides)
     planned = _stored_plan(config.storage_path, config.name)
+    rescore_stored(planned, Storage(config.storage_path))  # another sweep that shares runs may have asked for other settings
     files = write_report(planned, Storage(config.storage_path))
-    _print_comparison(page(), config.storage_path, config.name)
+    _print_comparison(page(), files.results, files.statistics)
     print(f"report: {files.page}")
 
 
@@ -158,12 +165,18 @@ def _stored_plan(storage: Path, name: str) -> Any:
     return planned
 
 
-def _print_outcome(console: Console, sweep: str, storage: Path, name: str, problems: list[str], exit_code: int) -> None:
-    if exit_code == INTERRUPTED:
+def _print_outcome(console: Console, sweep: str, storage: Path, name: str, outcome: Outcome) -> None:
+    if outcome.exit_code == INTERRUPTED:
         console.print("interrupted; the same command goes on from here")
         return
-    _print_comparison(console, storage, name)
-    for problem in problems:
+    if outcome.report is not None:
+        _print_comparison(console, outcome.report.results, outcome.report.statistics)
+    else:
+        from jmedlora.plan.layout import Storage
+        from jmedlora.report.writer import analyse
+
+        _print_comparison(console, *analyse(_stored_plan(storage, name), Storage(storage)))
+    for problem in outcome.problems:
         console.print(Text(f"problem: {' '.join(problem.split())}", style="red"), soft_wrap=True)
     console.print(f"report: {storage / 'sweeps' / name / 'report' / 'index.html'}", soft_wrap=True, highlight=False)
     change = "" if storage == Path.cwd() / "results" else f" storage={storage}"
@@ -171,11 +184,8 @@ def _print_outcome(console: Console, sweep: str, storage: Path, name: str, probl
     console.print(f"MLflow: {command} ui {sweep}{change}", soft_wrap=True, highlight=False)
 
 
-def _print_comparison(console: Console, storage: Path, name: str) -> None:
-    from jmedlora.plan.layout import Storage
-    from jmedlora.report.collect import collect_results
+def _print_comparison(console: Console, results: Results, statistics: Statistics) -> None:
     from jmedlora.report.console import console_comparison, print_failures
 
-    results = collect_results(_stored_plan(storage, name), Storage(storage))
-    console.print(console_comparison(results))
+    console.print(console_comparison(results, statistics))
     print_failures(results, console)

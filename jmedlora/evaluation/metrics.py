@@ -134,7 +134,10 @@ def score_responses(
 
 
 class Scorer:
-    """Scores responses to the same questions again and again (runs, checkpoints, prompts), with what belongs to the questions kept."""
+    """Scores responses to the same questions again and again (runs, checkpoints, prompts), with what belongs to the questions kept.
+
+    Raises ValueError for a question without choices.
+    """
 
     def __init__(
         self,
@@ -174,6 +177,8 @@ class _Prepared:
     __slots__ = ("_accepted", "_answers", "_choices", "_exact", "_expected", "_gestalt_of_letters", "_references", "_settings", "compared")
 
     def __init__(self, question: Question, settings: MetricSettings):
+        if not question.gold:
+            raise ValueError(f"{question.problem_id} has no choices to be scored by")
         self._settings = settings
         self._expected = len(question.gold)
         self._choices = len(question.choices)

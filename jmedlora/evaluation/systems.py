@@ -5,13 +5,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jmedlora.config.digest import key_of
-from jmedlora.evaluation.making import AnyEvaluator, make_evaluator
+from jmedlora.evaluation.making import make_evaluator
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.records import read_metrics
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan
+
+if TYPE_CHECKING:
+    from jmedlora.evaluation.making import AnyEvaluator
 
 ADOPTED_STEP = 1
 """Step under which a foreign adapter is kept: how long it was trained is not known."""

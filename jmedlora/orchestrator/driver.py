@@ -9,8 +9,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import ray
 from ray import tune
@@ -33,23 +32,25 @@ from jmedlora.plan.layout import Storage
 from jmedlora.plan.naming import names_of
 from jmedlora.plan.specs import Plan, TrialSpec
 from jmedlora.plan.writing import write_plan
-from jmedlora.report.writer import write_report
+from jmedlora.report.writer import ReportFiles, write_report
 from jmedlora.tracking.location import tracking_uri
 
 log = logging.getLogger(__name__)
 
 DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
 CLOSE_TRACKING_S = 300.0
+_LOGGED = ("run_key", "evaluation_key", "step", "metric", "difference", "p", "p_holm")
+"""What MLflow is told of a run's difference from its base."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a sweep ended: the exit code, where it stands, the report's folder, and what went wrong beside failed runs."""
+    """How a sweep ended: the exit code, where it stands, what went wrong beside failed runs, and the report if one was written."""
 
     exit_code: int
     standing: Standing
-    report: Path
     problems: list[str]
+    report: ReportFiles | None = None
 
 
 def run_sweep(config: SweepConfig, plan: Plan, address: str | None, console: Console) -> Outcome:
@@ -85,7 +86,7 @@ def run_sweep(config: SweepConfig, plan: Plan, address: str | None, console: Con
             return driver.run()
         except KeyboardInterrupt:
             driver.close_tracking("interrupted", None)
-            return Outcome(INTERRUPTED, standing(plan, storage), folder.report, [])
+            return Outcome(INTERRUPTED, standing(plan, storage), [])
 
 
 @contextmanager
@@ -175,13 +176,14 @@ class _Driver:
             problems += self._train_and_evaluate(trials, lanes)
         report = write_report(self.plan, self.storage)
         status = "finished" if _outcome(self.plan, self.storage, problems).exit_code == DONE else "failed"
-        problems += [f"MLflow: {problem}" for problem in self.close_tracking(status, report.folder)]
-        return _outcome(self.plan, self.storage, problems)
+        problems += [f"MLflow: {problem}" for problem in self.close_tracking(status, report)]
+        return replace(_outcome(self.plan, self.storage, problems), report=report)
 
-    def close_tracking(self, status: str, report: Path | None) -> list[str]:
-        """Lets the tracker write all that it was told; returns what MLflow could not take."""
+    def close_tracking(self, status: str, report: ReportFiles | None) -> list[str]:
+        """Lets the tracker write all that it was told, and how runs differ from their bases; returns what MLflow could not take."""
+        changes = [{key: getattr(row, key) for key in _LOGGED} for row in report.statistics.against_base] if report else []
         try:
-            return ray.get(self.tracker.finish.remote(status, str(report) if report else None), timeout=CLOSE_TRACKING_S)
+            return ray.get(self.tracker.finish.remote(status, str(report.folder) if report else None, changes), timeout=CLOSE_TRACKING_S)
         except RayError as error:
             return [f"{type(error).__name__}: not everything was written; `jmedlora report` shows what storage holds"]
 
@@ -270,4 +272,4 @@ class _Driver:
 
 def _outcome(plan: Plan, storage: Storage, problems: list[str]) -> Outcome:
     state = standing(plan, storage)
-    return Outcome(DONE if state.is_complete and not problems else SOME_FAILED, state, storage.sweep(plan.sweep).report, problems)
+    return Outcome(DONE if state.is_complete and not problems else SOME_FAILED, state, problems)

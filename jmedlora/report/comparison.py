@@ -69,7 +69,7 @@ def compare_runs(results: Results, statistics: Statistics | None = None) -> list
     return [_compare(results, statistics, *group) for group in groups]
 
 
-def evaluations_of(results: Results, benchmark: str, prompt: str, scoring: ScoringWay = "generate") -> list[EvaluationSpec]:
+def evaluations_of(results: Results, benchmark: str, prompt: str, scoring: ScoringWay) -> list[EvaluationSpec]:
     """The evaluations of one benchmark, prompt and way of scoring, by shots."""
     wanted = benchmark, prompt, scoring
     chosen = [item for item in results.plan.evaluations if (item.benchmark.name, item.prompt.name, item.scoring) == wanted]

@@ -229,7 +229,8 @@ def _bearing(row: Evidence, direction: Direction) -> Bearing:
 def decide(rows: Sequence[Evidence]) -> tuple[Verdict, str]:
     """The verdict of a claim's rows, and why in one sentence."""
     deciding, single = [row for row in rows if row.decides], [row for row in rows if not row.decides]
-    told = "; ".join(f"{METRIC_NAMES[row.metric]} {figures(row)}" for row in deciding)
+    told = f"{deciding[0].second} against {deciding[0].first}: "
+    told += "; ".join(f"{METRIC_NAMES[row.metric]} {figures(row)}" for row in deciding)
     bearings = {row.bearing for row in deciding}
     fewest = min(row.n for row in deciding)
     if bearings == {"for"} or bearings == {"against"}:

@@ -64,7 +64,7 @@ class Correlation:
     shots: int
     metric: Metric
     systems: int
-    """Those whose answers are not all alike by either metric."""
+    """Each counted once per prompt, without those whose answers are all alike by either metric."""
     median: float
     lowest: float
     highest: float

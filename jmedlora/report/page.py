@@ -25,8 +25,8 @@ from jmedlora.report.significance import Statistics
 from jmedlora.report.table import cost_rows
 
 _TEMPLATE = "template.html.j2"
-PAIRS_SHOWN, ROWS_SHOWN = 60, 40
-"""Lines of long tables; the files beside the page hold the rest."""
+PAIRS_SHOWN, ROWS_SHOWN, LINES_OPEN = 60, 40, 12
+"""Lines of long tables, whose rest is in the files beside the page; and lines of a table that is not folded."""
 
 
 def page_html(
@@ -70,6 +70,7 @@ def page_html(
         effect_names={"odds_ratio": "odds ratio", "cohens_dz": "d"},
         verdict_signs={"supported": "✓", "contradicted": "✗", "undecided": "?"},
         rows_shown=ROWS_SHOWN,
+        lines_open=LINES_OPEN,
         figures_json=_script_json([_figure_json(figure) for figure in figures]),
         plotly=Markup(get_plotlyjs()) if figures else "",
     )

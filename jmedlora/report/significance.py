@@ -62,18 +62,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class StatisticPoint:
-    """A run against its base, ready to be logged: `step` is the optimizer step of the run."""
-
-    evaluation: EvaluationSpec
-    metric: Metric
-    step: int
-    difference: float
-    p: float
-    p_holm: float
-
-
-@dataclass(frozen=True)
 class Statistics:
     """All comparisons of a sweep, in a stable order that is not the plan's."""
 
@@ -99,16 +87,6 @@ class Statistics:
     def row_of(self, run_key: str, score: Score, metric: Metric) -> Row | None:
         """The comparison of a run's score with its base; None for a base, and for steps before the last one evaluated."""
         return self._by_score.get((run_key, score.step, score.evaluation.evaluation_key, metric))
-
-
-def statistic_points(statistics: Statistics) -> dict[str, list[StatisticPoint]]:
-    """run_key -> the comparisons of the run with its base."""
-    points: dict[str, list[StatisticPoint]] = {}
-    for row in statistics.against_base:
-        evaluation = statistics.evaluations[row.evaluation_key]
-        point = StatisticPoint(evaluation, row.metric, row.step, row.difference, row.p, row.p_holm)
-        points.setdefault(row.run_key, []).append(point)
-    return points
 
 
 def compute_statistics(results: Results, answers: AnswerBook) -> Statistics:

@@ -9,8 +9,10 @@ from jmedlora.data.atomic import write_text
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import Plan
 from jmedlora.report.answers import AnswerBook
+from jmedlora.report.claims import claims_json, judge_claims
 from jmedlora.report.collect import Results, collect_results
 from jmedlora.report.intervals import with_intervals
+from jmedlora.report.measuring import measure, measuring_json
 from jmedlora.report.page import page_html
 from jmedlora.report.significance import Statistics, compute_statistics
 from jmedlora.report.statistic_tables import comparisons_csv, prompts_csv, replicates_csv
@@ -19,7 +21,7 @@ from jmedlora.report.table import costs_csv, table_csv, table_md
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """Where the report lies."""
+    """Where the report lies, and what it was made from."""
 
     folder: Path
     page: Path
@@ -27,10 +29,14 @@ class ReportFiles:
     table_md: Path
     costs_csv: Path
     comparisons_csv: Path
+    claims_json: Path
+    measuring_json: Path
     replicates_csv: Path | None
     """None without runs that differ in the seed alone."""
     prompts_csv: Path | None
     """None where no run was asked in several prompts."""
+    results: Results
+    statistics: Statistics
 
 
 def analyse(plan: Plan, storage: Storage) -> tuple[Results, Statistics]:
@@ -43,6 +49,7 @@ def analyse(plan: Plan, storage: Storage) -> tuple[Results, Statistics]:
 def write_report(plan: Plan, storage: Storage) -> ReportFiles:
     """Writes the report of what is stored so far into the sweep's folder; each file is replaced in one step."""
     results, statistics = analyse(plan, storage)
+    study, measuring = judge_claims(results, statistics.answers), measure(results, statistics)
     folder = storage.sweep(plan.sweep).report
     files = ReportFiles(
         folder=folder,
@@ -51,14 +58,20 @@ def write_report(plan: Plan, storage: Storage) -> ReportFiles:
         table_md=folder / "table.md",
         costs_csv=folder / "costs.csv",
         comparisons_csv=folder / "comparisons.csv",
+        claims_json=folder / "claims.json",
+        measuring_json=folder / "measuring.json",
         replicates_csv=_write_or_remove(folder / "replicates.csv", replicates_csv(statistics) if statistics.replicates else None),
         prompts_csv=_write_or_remove(folder / "prompts.csv", prompts_csv(statistics) if statistics.prompts else None),
+        results=results,
+        statistics=statistics,
     )
     write_text(files.table_csv, table_csv(results, statistics))
     write_text(files.table_md, table_md(results, statistics))
     write_text(files.costs_csv, costs_csv(results))
     write_text(files.comparisons_csv, comparisons_csv(statistics))
-    write_text(files.page, page_html(results, storage, statistics))
+    write_text(files.claims_json, claims_json(study))
+    write_text(files.measuring_json, measuring_json(measuring))
+    write_text(files.page, page_html(results, storage, statistics, study, measuring))
     return files
 
 

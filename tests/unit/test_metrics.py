@@ -135,6 +135,11 @@ def test_a_kept_scorer_scores_as_one_by_one(metric: MetricSettings, questions: l
         assert kept["letters"].score(responses) == score_responses(responses, questions, metric, answer="letters") == letters
 
 
+def test_a_question_without_choices_is_refused() -> None:
+    with pytest.raises(ValueError, match="112C66 has no choices"):
+        score_response("26", Question("112C66", "求めよ。", (), (), value="26"))
+
+
 def test_as_many_responses_as_questions() -> None:
     with pytest.raises(ValueError, match="2 responses to 1 questions"):
         score_responses(["a", "b"], [question(["壊血病", "痛風"], 0)])

@@ -29,7 +29,9 @@ def test_a_partial_sweep_is_told_as_it_stands(tmp_path: Path) -> None:
     write_evaluation(storage, half.run_key, 14, plan.evaluations[0], 0.5)
     write_evaluation(storage, half.run_key, 14, plan.evaluations[1], 0.5)
     files = write_report(plan, storage)
-    assert sorted(path.name for path in files.folder.iterdir()) == ["comparisons.csv", "costs.csv", "index.html", "table.csv", "table.md"]
+    assert sorted(path.name for path in files.folder.iterdir()) == [
+        *("claims.json", "comparisons.csv", "costs.csv", "index.html", "measuring.json", "table.csv", "table.md"),
+    ]
     page = Page(files.page.read_text(encoding="utf-8"))
     text = " ".join(page.text.split())
     assert "1 of 5 runs failed" in text
@@ -94,4 +96,4 @@ def test_a_report_is_replaced_by_the_next(tmp_path: Path) -> None:
     assert len(after) > len(before)
     write_report(plan, storage)
     assert files.table_csv.read_text() == after
-    assert len(list(files.folder.iterdir())) == 5
+    assert len(list(files.folder.iterdir())) == 7

@@ -16,7 +16,7 @@ from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import EvaluationSpec, Plan
 from jmedlora.report.answers import AnswerBook, pooled
 from jmedlora.report.comparison import compare_runs
-from jmedlora.report.significance import COMPARED_SYSTEMS, Row, Statistics, statistic_points
+from jmedlora.report.significance import COMPARED_SYSTEMS, Row, Statistics
 from jmedlora.report.statistic_tables import COMPARISON_COLUMNS, comparisons_csv, prompts_csv, replicates_csv
 from jmedlora.report.table import table_csv
 from jmedlora.report.writer import analyse, write_report
@@ -248,19 +248,6 @@ def test_comparisons_do_not_depend_on_the_order_of_the_plan(tmp_path: Path) -> N
     assert tuple(rows[0]) == COMPARISON_COLUMNS
     assert [row["kind"] for row in rows] == ["base"] * (5 * 2 * 3) + ["run"] * (10 * 2 * 3)
     assert {row["reversal_of_50"] for row in rows} == {""}  # there are only 40 questions
-
-
-def test_points_for_the_tracker(three: tuple[Plan, Storage, dict[str, np.ndarray]]) -> None:
-    plan, storage, _ = three
-    _, statistics = analyse(plan, storage)
-    points = statistic_points(statistics)
-    assert sorted(points) == ["run000000002", "run000000004", "run000000008"]
-    told = {(point.evaluation.shots, point.metric, point.step): point for point in points["run000000008"]}
-    assert len(told) == 6
-    row = row_between(statistics.against_base, "run000000008", "base00000032", "exact_match", shots=1)
-    point = told[1, "exact_match", 7]
-    assert point.evaluation == plan.evaluations[1]
-    assert (point.difference, point.p, point.p_holm) == (row.difference, row.p, row.p_holm)
 
 
 # ---------------------------------------------------------------- seeds
