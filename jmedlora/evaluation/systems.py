@@ -35,7 +35,7 @@ def evaluate_systems(
             systems.append((f"{base.model.name} + {adapter.name}", _adopted(adapter, base, storage), ADOPTED_STEP))
         evaluator: AnyEvaluator | None = None
         for name, run_key, step in systems:
-            for evaluation in plan.evaluations:
+            for evaluation in plan.asked_of(base):
                 metrics = read_metrics(storage, run_key, step, evaluation)
                 if metrics is None:
                     evaluator = evaluator or make_evaluator(base, sources, offline)

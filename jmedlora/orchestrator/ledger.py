@@ -56,7 +56,7 @@ def all_jobs(plan: Plan) -> list[Job]:
         Job(spec.run_key, step, evaluation, bases[spec.base_key] if isinstance(spec, RunSpec) else spec)
         for spec in specs
         for step in steps_of(spec)
-        for evaluation in plan.evaluations
+        for evaluation in plan.asked_of(spec)
     ]
 
 

@@ -94,9 +94,9 @@ def check_reference(model: ModelConfig, config: SweepConfig, faults: list[Fault]
             Fault(where, "source.base_url", f"{model.source.base_url!r:.80}: {error}", "an address such as http://127.0.0.1:8000/v1")
         )
         return
-    if "loglikelihood" in config.evaluate.scoring:
-        told = f"loglikelihood is not to be had from {model.name}: an address gives answers, not the choices' probabilities"
-        faults.append(Fault(config.file, "evaluate.scoring", told, "generate, or no reference behind an address"))
+    if "generate" not in config.evaluate.scoring:
+        told = f"{model.name} is behind an address, which gives answers and not the choices' likelihoods"
+        faults.append(Fault(config.file, "evaluate.scoring", told, "generate among the ways of scoring, or no such reference"))
     if config.offline and not is_loopback(model.source.base_url):
         faults.append(
             Fault(where, "source.base_url", f"{url.hostname} would be asked, and the sweep is offline", "a server on this machine")

@@ -70,17 +70,16 @@ def estimate_totals(plan: Plan, trials: list[TrialEstimate], resources: Resource
     """Estimates of the whole sweep."""
     points: list[tuple[RunSpec | BaseSpec, int]] = [(run, len(run.checkpoint_steps)) for run in plan.runs]
     points += [(base, 1) for base in plan.bases]
-    checkpoints = sum(count for _, count in points)
     here = [(spec, count) for spec, count in points if not spec.model.is_api]
-    evaluation_s = sum(count * _evaluation_seconds(spec, item, resources) for spec, count in here for item in plan.evaluations)
+    evaluation_s = sum(count * _evaluation_seconds(spec, item, resources) for spec, count in here for item in plan.asked_of(spec))
     side_by_side = concurrent_trials(resources)
     makespan = _makespan([trial.seconds for trial in trials], side_by_side or len(trials))
     return Totals(
         runs=len(plan.runs),
         bases=len(plan.bases),
         trials=len(plan.trials),
-        evaluations=checkpoints * len(plan.evaluations),
-        questions=checkpoints * sum(spec.questions for spec in plan.evaluations),
+        evaluations=sum(count * len(plan.asked_of(spec)) for spec, count in points),
+        questions=sum(count * item.questions for spec, count in points for item in plan.asked_of(spec)),
         training_tokens=round(sum(_training_tokens(run) for run in plan.runs)),
         concurrent_trials=side_by_side,
         training_hours=sum(trial.seconds for trial in trials) / 3600,

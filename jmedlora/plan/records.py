@@ -46,7 +46,7 @@ def steps_of(spec: RunSpec | BaseSpec) -> list[int]:
 def finished_metrics(plan: Plan, storage: Storage, spec: RunSpec | BaseSpec) -> Iterator[tuple[int, EvaluationSpec, Record]]:
     """What is evaluated of one run or base, by step and then in the plan's order of evaluations."""
     for step in steps_of(spec):
-        for evaluation in plan.evaluations:
+        for evaluation in plan.asked_of(spec):
             metrics = read_metrics(storage, spec.run_key, step, evaluation)
             if metrics is not None:
                 yield step, evaluation, metrics

@@ -121,7 +121,7 @@ def _print_totals(plan: Plan, totals: Totals, trials: list[TrialEstimate], confi
     )
     for base in plan.bases:
         if isinstance(source := base.model.source, ApiSource):
-            cost = api_cost(source, base.model, plan.evaluations)
+            cost = api_cost(source, base.model, plan.asked_of(base))
             money = "its prices are not given" if cost is None else f"about {cost:.2f} {source.currency}"
             console.print(f"{base.model.name} is asked at {source.base_url}: {money}", highlight=False)
     assumed = sorted({name for method in config.methods.values() for name in method.assumed if name not in config.training})

@@ -104,3 +104,7 @@ class Plan(Part):
     """What the reader of a plan should know about it, a line each."""
     note: str = ""
     """The sweep file's own note, shown in the report."""
+
+    def asked_of(self, spec: RunSpec | BaseSpec) -> list[EvaluationSpec]:
+        """The evaluations of one run or base; of a model behind an address, those that ask for answers alone."""
+        return [item for item in self.evaluations if item.scoring == "generate" or not spec.model.is_api]

@@ -175,7 +175,7 @@ def _collect_run(plan: Plan, storage: Storage, spec: RunSpec | BaseSpec, name: s
     return RunResult(
         spec=spec,
         name=name,
-        status=stored.get("status", "waiting") if isinstance(spec, RunSpec) else _base_status(len(scores), len(plan.evaluations)),
+        status=stored.get("status", "waiting") if isinstance(spec, RunSpec) else _base_status(len(scores), len(plan.asked_of(spec))),
         error=stored.get("error"),
         started=stored.get("started"),
         finished=stored.get("finished"),

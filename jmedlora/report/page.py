@@ -12,14 +12,14 @@ from plotly.offline import get_plotlyjs
 
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import RunSpec
-from jmedlora.report.claims import Study, is_synthetic, judge_claims
+from jmedlora.report.claims import Study, is_synthetic
 from jmedlora.report.collect import METRICS, Results
 from jmedlora.report.comparison import METRIC_NAMES, Comparison, change_text, compare_runs, evaluations_of, score_text
 from jmedlora.report.evidence import points
 from jmedlora.report.examples import choose_examples
 from jmedlora.report.exams import exam_tables
 from jmedlora.report.figures import PageFigure, draw_losses, draw_scores
-from jmedlora.report.measuring import Measuring, measure
+from jmedlora.report.measuring import Measuring
 from jmedlora.report.ranks import Estimate
 from jmedlora.report.significance import Statistics
 from jmedlora.report.table import cost_rows
@@ -29,10 +29,8 @@ PAIRS_SHOWN, ROWS_SHOWN, LINES_OPEN = 60, 40, 12
 """Lines of long tables, whose rest is in the files beside the page; and lines of a table that is not folded."""
 
 
-def page_html(
-    results: Results, storage: Storage, statistics: Statistics, study: Study | None = None, measuring: Measuring | None = None
-) -> str:
-    """The report as one HTML text, plotly.js included; `study` and `measuring` are made here where they are not given."""
+def page_html(results: Results, storage: Storage, statistics: Statistics, study: Study, measuring: Measuring) -> str:
+    """The report as one HTML text, plotly.js included."""
     environment = Environment(
         loader=PackageLoader("jmedlora.report", package_path=""),
         autoescape=True,
@@ -62,8 +60,8 @@ def page_html(
         examples=choose_examples(results, storage),
         costs=cost_rows(results),
         statistics=statistics,
-        study=study or judge_claims(results, statistics.answers),
-        measuring=measuring or measure(results, statistics),
+        study=study,
+        measuring=measuring,
         metrics=METRICS,
         metric_names=METRIC_NAMES,
         scoring_names={"generate": "written answers", "loglikelihood": "log-likelihood"},
@@ -107,7 +105,8 @@ def _facts(results: Results) -> dict[str, Any]:
     benchmarks = list({item.benchmark.name: (item.benchmark, item.questions) for item in results.plan.evaluations}.values())
     times = [score.time for result in results.runs for score in result.scores]
     times += [time for result in results.tuned for time in (result.started, result.finished) if time is not None]
-    wanted = sum(len(run.checkpoint_steps) for run in runs) + len(results.bases)
+    specs = [(run, len(run.checkpoint_steps)) for run in runs] + [(base.spec, 1) for base in results.bases]
+    wanted = sum(count * len(results.plan.asked_of(spec)) for spec, count in specs)
     return {
         "data": data,
         "benchmarks": benchmarks,
@@ -119,7 +118,7 @@ def _facts(results: Results) -> dict[str, Any]:
         },
         "failed": [result for result in results.tuned if result.status == "failed"],
         "evaluations_done": sum(len(result.scores) for result in results.runs),
-        "evaluations_wanted": wanted * len(results.plan.evaluations),
+        "evaluations_wanted": wanted,
     }
 
 

@@ -266,7 +266,7 @@ class MlflowTracker:
 
     def _finish_base(self, run_key: str) -> None:
         """A base is done with the last of its evaluations: nothing else reports its end."""
-        stored = [read_metrics(self._storage, run_key, 0, item) for item in self._plan.evaluations]
+        stored = [read_metrics(self._storage, run_key, 0, item) for item in self._plan.asked_of(self._specs[run_key])]
         times = [metrics["time"] for metrics in stored if metrics is not None]
         if times and len(times) == len(stored):
             self._terminate(run_key, "FINISHED", max(times))

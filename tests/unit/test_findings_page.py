@@ -13,9 +13,11 @@ import pytest
 from jmedlora.evaluation.resampling import bootstrap_interval
 from jmedlora.plan.layout import METRICS, Storage
 from jmedlora.plan.specs import EvaluationSpec, Plan, RunSpec
+from jmedlora.report.claims import judge_claims
 from jmedlora.report.examples import choose_examples
 from jmedlora.report.exams import exam_tables
 from jmedlora.report.figures import draw_scores
+from jmedlora.report.measuring import measure
 from jmedlora.report.page import page_html
 from jmedlora.report.writer import analyse
 from tests.made_up import base_spec, evaluation_spec, plan_of, write_answers
@@ -57,7 +59,7 @@ class Tables(HTMLParser):
 
 def page_of(plan: Plan, storage: Storage) -> str:
     results, statistics = analyse(plan, storage)
-    html = page_html(results, storage, statistics)
+    html = page_html(results, storage, statistics, judge_claims(results, statistics.answers), measure(results, statistics))
     return html[: html.index('<script id="plotly">')] if '<script id="plotly">' in html else html
 
 
