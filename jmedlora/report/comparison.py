@@ -84,14 +84,15 @@ def last_score(result: RunResult, evaluation: EvaluationSpec) -> Score | None:
 
 def _compare(results: Results, statistics: Statistics | None, benchmark: str, prompt: str, scoring: ScoringWay) -> Comparison:
     evaluations = evaluations_of(results, benchmark, prompt, scoring)
-    final = {result.run_key: _final_scores(result, evaluations) for result in results.runs}
+    asked = [result for result in results.runs if any(item in evaluations for item in results.plan.asked_of(result.spec))]
+    final = {result.run_key: _final_scores(result, evaluations) for result in asked}
     best = {
         (item.shots, metric): max((scores[item.shots].value(metric) for scores in final.values() if item.shots in scores), default=0.0)
         for item in evaluations
         for metric in METRICS
     }
     lines = []
-    for result in results.runs:
+    for result in asked:
         own = final[result.run_key]
         base = results.base_of(result)
         before = final[base.run_key] if base else {}
