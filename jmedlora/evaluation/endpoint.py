@@ -136,12 +136,38 @@ def _line(trouble: Trouble, source: ApiSource) -> str:
     return f"{trouble.told}{quote}" + (f"; {trouble.advice}" if trouble.advice else "")
 
 
+class _Lanes:
+    """How many requests may be under way at once: half as many after each sign that the server has too much to do, slowly more
+    again while it answers. A server that computes one answer after the other would else let every request of a crowd time out,
+    again and again, and never answer one.
+    """
+
+    def __init__(self, most: int):
+        self._most, self._limit, self._busy = most, float(most), 0
+        self._changed = asyncio.Condition()
+
+    async def __aenter__(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._busy < int(self._limit))
+            self._busy += 1
+
+    async def __aexit__(self, *_: object) -> None:
+        async with self._changed:
+            self._busy -= 1
+            self._changed.notify_all()
+
+    def learn(self, overwhelmed: bool) -> None:
+        """Takes an outcome into account."""
+        self._limit = max(1.0, self._limit / 2) if overwhelmed else min(float(self._most), self._limit + 1 / self._limit)
+
+
 @dataclass
 class _Conversation:
     """One call's client, and whether and why something has failed for good."""
 
     source: ApiSource
     client: AsyncOpenAI
+    lanes: _Lanes
     over: asyncio.Event = field(default_factory=asyncio.Event)
     cause: str | None = None
 
@@ -157,7 +183,7 @@ async def _ask_all(source: ApiSource, requests: list[Request], keep: Callable[[R
     http = DefaultAsyncHttpxClient(trust_env=not is_loopback(source.base_url))
     # The whole attempt is timed below; the client's own time-out starts anew with each byte.
     client = AsyncOpenAI(api_key=_key(source), base_url=source.base_url, max_retries=0, timeout=None, http_client=http)
-    conversation = _Conversation(source, client)
+    conversation = _Conversation(source, client, _Lanes(source.max_concurrency))
     queue = iter(requests)
 
     async def work() -> None:
@@ -181,7 +207,11 @@ async def _ask(conversation: _Conversation, request: Request) -> Answer | None:
     """The answer; None once the conversation is over, be it through this request or another."""
     attempts = 1 + conversation.source.max_retries
     for attempt in range(attempts):
-        outcome = await _attempt(conversation, request)
+        async with conversation.lanes:
+            if conversation.over.is_set():
+                return None
+            outcome = await _attempt(conversation, request)
+        conversation.lanes.learn(overwhelmed=isinstance(outcome, Trouble) and outcome.overwhelmed)
         if isinstance(outcome, Answer):
             return outcome
         if not outcome.again or attempt + 1 == attempts:
@@ -205,7 +235,7 @@ async def _attempt(conversation: _Conversation, request: Request) -> Answer | Tr
         async with asyncio.timeout(source.timeout_s):
             reply = await create(**request.body)
     except TimeoutError:
-        return Trouble(f"no answer within {source.timeout_s:g} s", True)
+        return Trouble(f"no answer within {source.timeout_s:g} s", True, overwhelmed=True)
     except APIStatusError as error:
         return read_refusal(source, error.status_code, error.response.headers, error.body, _has_key(source))
     except APIConnectionError as error:

@@ -30,6 +30,8 @@ class Trouble:
     """What the user can do."""
     wait_s: float = 0.0
     """How long the server asks to wait."""
+    overwhelmed: bool = False
+    """Whether the server seems to be asked for more at once than it can do."""
 
 
 def read_answer(text: str) -> Answer | Trouble:
@@ -65,7 +67,7 @@ def read_refusal(source: ApiSource, status: int, headers: Mapping[str, str], bod
         wait_s = retry_after_s(headers)
         if wait_s > LONGEST_WAIT_S:
             return Trouble(told, False, said, f"the server asks to come back in {wait_s:.0f} s")
-        return Trouble(told, True, said, wait_s=wait_s)
+        return Trouble(told, True, said, wait_s=wait_s, overwhelmed=status in (429, 503, 504, 529))
     key = f"the key in {source.key_env}" if has_key else f"{source.key_env} is not set: the server wants a key"
     advice = {
         401: f"{key} is refused" if has_key else key,

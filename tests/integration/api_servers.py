@@ -38,6 +38,8 @@ class ServerState:
     """The fault for a prompt at its n-th attempt, counted from 0; `ok` for none."""
     gather: int = 1
     """The first requests wait until this many are under way at once."""
+    work_s: float = 0.0
+    """How long an answer takes that has the server's processor for itself; also for those who no longer wait."""
     usage: bool = True
     url: str = ""
     asked: Counter[str] = field(default_factory=Counter)
@@ -47,6 +49,7 @@ class ServerState:
     most_at_once: int = 0
     at_once: int = 0
     lock: threading.Condition = field(default_factory=threading.Condition)
+    computing: int = 0
 
     @property
     def requests(self) -> int:
@@ -111,9 +114,22 @@ class _Handler(BaseHTTPRequestHandler):
         fault = state.fault_of(prompt, attempt)
         if fault == "silence":  # until the client has had enough
             select.select([self.connection], [], [], 30)
+        if state.work_s:
+            self._compute()
         with state.lock:  # before the client can know that it may send the next one
             state.at_once -= 1
         self._respond(fault, prompt, is_chat)
+
+    def _compute(self) -> None:
+        """Takes its time, longer the more are at it."""
+        state, done = self.state, 0.0
+        with state.lock:
+            state.computing += 1
+        while done < state.work_s:
+            time.sleep(0.01)
+            done += 0.01 / state.computing
+        with state.lock:
+            state.computing -= 1
 
     def _respond(self, fault: str, prompt: str, is_chat: bool) -> None:
         text: str | None = None if fault == "null" else reply_to(prompt)

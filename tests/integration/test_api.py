@@ -83,6 +83,13 @@ def test_faults_that_pass_cost_attempts_and_no_answers(endpoint: str, cache: Ans
         assert not any(answer.cached for answer in answers)
 
 
+def test_a_slow_server_is_not_drowned(cache: AnswerCache) -> None:
+    """All at once take longer than the time-out, and would come back all at once while it still works for nobody."""
+    with api_server(work_s=0.2) as server:
+        source = source_at(server.url, max_concurrency=16, max_retries=3, timeout_s=1)
+        assert texts(ask_endpoint(source, PROMPTS, 16, cache)) == right(PROMPTS)
+
+
 @pytest.mark.parametrize("fault", ["silence", "429", "500", "cut", "broken json", "no choices", "null", "closed"])
 def test_a_fault_that_stays_is_told_after_all_attempts(fault: str, cache: AnswerCache) -> None:
     with api_server(always(fault, "b")) as server:
