@@ -162,7 +162,8 @@ def _memory_bytes(run: RunSpec, workers: int, shape: Architecture) -> float:
 
 def _disk_bytes(run: RunSpec, shape: Architecture) -> int:
     adapter = 4 * lora_parameters(run.model.family, shape, run.settings.rank, run.settings.targets)
-    return adapter * len(run.checkpoint_steps)
+    state = 3 * adapter  # weights and two moments in fp32, kept once
+    return adapter * len(run.checkpoint_steps) + state
 
 
 def _makespan(seconds: list[float], lanes: int) -> float:

@@ -8,6 +8,8 @@ from pathlib import Path
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 CHECKSUMS = "checksums.json"
+STATE_TENSORS = "state.safetensors"
+STATE_JSON = "state.json"
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.jsonl"
 
@@ -40,6 +42,20 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """Folder of the adapter after `step` optimizer steps."""
         return self.checkpoints / step_name(step)
+
+    def committed_steps(self) -> list[int]:
+        """The steps of all complete checkpoints, in ascending order."""
+        found = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*"))
+        return sorted(int(number) for number in found if number.isdigit() and self.is_committed(int(number)))
+
+    def state(self, step: int) -> Path:
+        """Folder of the resumable state after `step` optimizer steps."""
+        return self.path / "state" / step_name(step)
+
+    def states(self) -> dict[int, Path]:
+        """The folders of states that there are, by step."""
+        found = (self.path / "state").glob("step-*")
+        return {int(path.name.removeprefix("step-")): path for path in found if path.name.removeprefix("step-").isdigit()}
 
     def is_committed(self, step: int) -> bool:
         """True once the checkpoint is complete: checksums are written last, and the folder is renamed into place."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from jmedlora.config.run import RunSettings
 from jmedlora.training.loss import AnswerLoss, Collated
 from jmedlora.training.optimizer import GroupClippingAdamW
+from jmedlora.training.optimizer_state import WEIGHT, gather_state, scatter_state
 from jmedlora.training.process import Worker
 
 PERSISTENT_ELEMENTS = 100_000
@@ -35,14 +36,28 @@ class NotFinite(Exception):
 class RunEngine:
     """Forward, backward, step and the adapter's weights of one run. Every worker of the trial calls every method alike."""
 
-    def __init__(self, adapted: PeftModel, settings: RunSettings, stage: int, compute_precision: str, worker: Worker):
-        """adapted: base with a fresh adapter, on the worker's device, or on the CPU for ZeRO-3 (which moves it in pieces)."""
+    def __init__(
+        self,
+        adapted: PeftModel,
+        settings: RunSettings,
+        stage: int,
+        compute_precision: str,
+        worker: Worker,
+        steps: int = 0,
+        state: dict[str, Tensor] | None = None,
+    ):
+        """adapted: base with a fresh adapter, on the worker's device, or on the CPU for ZeRO-3 (which moves it in pieces).
+
+        state: what `state_tensors` gave after `steps` steps, to go on from there.
+        """
         self._worker = worker
         self._adapted = adapted
         _avoid_compiling()
         self._checkpointing = settings.gradient_checkpointing
         if self._checkpointing:
             adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        for name, parameter in _trainable(adapted).items() if state else ():
+            parameter.data.copy_(state[f"{WEIGHT}/{name}"])  # type: ignore[index]
         if compute_precision == "bf16":
             for parameter in _trainable(adapted).values():
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -65,6 +80,8 @@ class RunEngine:
         if not isinstance(engine, deepspeed.DeepSpeedEngine) or engine.zero_optimization_stage() != stage:
             raise RuntimeError(f"asked for a DeepSpeed engine at ZeRO stage {stage}, got {type(engine).__name__}")
         self._optimizer.arm()
+        if state:
+            scatter_state(engine, self._optimizer, _trainable(adapted), stage, state, steps)
         self.engine = engine
         self._stage = stage
 
@@ -100,6 +117,10 @@ class RunEngine:
         with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=self._stage == 3):
             return {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
 
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Weights in fp32 and moments, whole and on the CPU, as `restore` takes them; after the first step."""
+        return gather_state(self.engine, self._optimizer, _trainable(self._adapted), self._stage)
+
     def close(self) -> None:
         """Takes DeepSpeed's hooks off the model. The engine cannot be used afterwards."""
         if self._checkpointing:
@@ -107,11 +128,13 @@ class RunEngine:
         self.engine.destroy()
 
 
-def sum_over_workers(value: Tensor) -> float:
-    """The sum of a scalar over all workers."""
-    total = value.detach().double() if value.device.type == "cpu" else value.detach().float()
-    dist.all_reduce(total)
-    return total.item()
+def sums_over_workers(values: list[Tensor]) -> list[float]:
+    """The sums of scalars over all workers, on the first one's device."""
+    device = values[0].device
+    precise = torch.float64 if device.type == "cpu" else torch.float32
+    totals = torch.stack([value.detach().to(device, precise) for value in values])
+    dist.all_reduce(totals)
+    return totals.tolist()
 
 
 def _trainable(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.source import materialise
-from jmedlora.plan.layout import Storage
+from jmedlora.plan.layout import RunFolder, Storage
 from jmedlora.plan.specs import RunSpec, TrialSpec
 from jmedlora.training.engine import NotFinite
 from jmedlora.training.process import Worker, this_worker
 from jmedlora.training.records import Listener, RunRecords, Status
 from jmedlora.training.run import BaseModel, digest_tokenizer, train_run
+from jmedlora.training.state import newest_state
 
 __all__ = ["Listener", "RunOutcome", "is_finished", "train_trial"]
 
@@ -32,7 +34,7 @@ class RunOutcome:
 
 
 def train_trial(trial: TrialSpec, storage: Storage, sources: Path, offline: bool, listener: Listener) -> list[RunOutcome]:
-    """Trains those runs of a trial that are not finished, in order; every worker of the process group calls it.
+    """Trains those runs of a trial that are not finished, in order, from where they stand; every worker of the process group calls it.
 
     A run that fails is recorded, and the next goes on. With several workers an error other than a loss that is not
     finite is raised after recording, since the workers cannot know whether they still agree.
@@ -53,20 +55,21 @@ def train_trial(trial: TrialSpec, storage: Storage, sources: Path, offline: bool
 
 
 def is_finished(storage: Storage, spec: RunSpec) -> bool:
-    """True once a run is recorded as finished and its last checkpoint is committed."""
+    """True once a run is recorded as finished and every checkpoint that is asked for is committed."""
     folder = storage.run(spec.run_key)
     try:
         status = json.loads(folder.run_json.read_text(encoding="utf-8"))["status"]
     except FileNotFoundError:
         return False
-    return status == "finished" and folder.is_committed(spec.total_steps)
+    return status == "finished" and all(folder.is_committed(step) for step in spec.checkpoint_steps)
 
 
 def _train(spec: RunSpec, base: BaseModel, storage: Storage, sources: Path, worker: Worker, listener: Listener) -> RunOutcome:
     folder = storage.run(spec.run_key)
-    records = RunRecords(folder, spec, worker.workers, worker.device.type, listener) if worker.leads else None
+    start, notes, checkpoint_steps = _start(spec, folder, worker)
+    records = RunRecords(folder, spec, worker.workers, worker.device.type, listener, start, notes) if worker.leads else None
     try:
-        train_run(spec, base, folder, sources, worker, records)
+        train_run(spec, base, folder, sources, worker, records, checkpoint_steps, start)
         outcome = RunOutcome(spec.run_key, "finished")
     except NotFinite as reason:
         outcome = RunOutcome(spec.run_key, "failed", str(reason))
@@ -79,6 +82,22 @@ def _train(spec: RunSpec, base: BaseModel, storage: Storage, sources: Path, work
     if records is not None:
         records.end(outcome.status, outcome.error)
     return outcome
+
+
+def _start(spec: RunSpec, folder: RunFolder, worker: Worker) -> tuple[int, list[str], list[int]]:
+    """The steps that are done and can be gone on from, what there is to tell about that, and when checkpoints are to be written.
+
+    The same on every worker: as the leading one finds it. Another sweep may share the run and have asked for other checkpoints:
+    what it has is written again, so that neither takes the other's away.
+    """
+    found: list[Any] = [None]
+    if worker.leads:
+        state, passed_over = newest_state(folder, spec.checkpoint_steps, spec.run_key)
+        others = [step for step in folder.committed_steps() if step <= spec.total_steps]
+        found = [(state.step if state else 0, passed_over, sorted({*spec.checkpoint_steps, *others}))]
+    dist.broadcast_object_list(found, src=0)
+    step, notes, checkpoint_steps = found[0]
+    return step, notes, checkpoint_steps
 
 
 def _check_shared(trial: TrialSpec) -> None:

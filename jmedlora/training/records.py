@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from jmedlora.config import clock
-from jmedlora.data.atomic import write_json
+from jmedlora.data.atomic import write_json, write_json_lines
 from jmedlora.plan.layout import RunFolder
 from jmedlora.plan.specs import RunSpec
 
@@ -33,12 +36,15 @@ class Listener(Protocol):
 
 
 class RunRecords:
-    """The records of one run, kept by the leading worker; what an earlier, unfinished start has left is removed."""
+    """The records of one run, kept by the leading worker; of an earlier, unfinished start the first `start` steps are kept."""
 
-    def __init__(self, folder: RunFolder, spec: RunSpec, workers: int, device: str, listener: Listener):
+    def __init__(
+        self, folder: RunFolder, spec: RunSpec, workers: int, device: str, listener: Listener, start: int = 0, notes: Sequence[str] = ()
+    ):
+        """start: optimizer steps that are done and gone on from; notes: what there is to tell about that."""
         folder.path.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
-        folder.train_jsonl.unlink(missing_ok=True)
+        earlier = _read_facts(folder) if start else {}
+        _remove_after(start, folder)
         self._folder = folder
         self._run_key = spec.run_key
         self._listener = listener
@@ -57,7 +63,9 @@ class RunRecords:
             "zero_stage": spec.deepspeed.zero_stage,
             "device": device,
             "versions": library_versions(),
-            "started": clock.now(),
+            "started": earlier.get("started", clock.now()),
+            "resumed": [*earlier.get("resumed", []), *([{"step": start, "time": clock.now()}] if start else [])],
+            "notes": [*earlier.get("notes", []), *notes],
             "finished": None,
             "error": None,
         }
@@ -75,6 +83,11 @@ class RunRecords:
             lines.write(json.dumps(record) + "\n")
         self._listener.on_step(self._run_key, record)
 
+    def sync(self) -> None:
+        """Makes sure that train.jsonl is on disk as far as it is written: before a state that goes on from there."""
+        with self._folder.train_jsonl.open("a") as lines:
+            os.fsync(lines.fileno())
+
     def add_checkpoint(self, step: int) -> None:
         """Tells of a checkpoint that is committed."""
         self._listener.on_checkpoint(self._run_key, step)
@@ -86,6 +99,43 @@ class RunRecords:
 
     def _write(self) -> None:
         write_json(self._folder.run_json, self._facts)
+
+
+def _read_facts(folder: RunFolder) -> dict[str, Any]:
+    try:
+        facts = json.loads(folder.run_json.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _remove_after(step: int, folder: RunFolder) -> None:
+    """Removes the checkpoints, states and records of later steps: they come again."""
+    kept_steps = [at for at in folder.committed_steps() if at <= step]
+    for path in folder.checkpoints.glob("*"):
+        if path not in map(folder.checkpoint, kept_steps):
+            shutil.rmtree(path, ignore_errors=True)
+    for at, path in folder.states().items():
+        if at > step:
+            shutil.rmtree(path, ignore_errors=True)
+    kept = [line for line in _lines(folder.train_jsonl) if line["step"] <= step]
+    if kept:
+        write_json_lines(folder.train_jsonl, kept)
+    else:
+        folder.train_jsonl.unlink(missing_ok=True)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file; a last one that was being written when its writer was killed is left out."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in found if isinstance(line, dict) and "step" in line]
 
 
 @lru_cache(maxsize=1)

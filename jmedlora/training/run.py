@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jmedlora.config import clock
@@ -29,13 +30,18 @@ from jmedlora.models.lora import ADAPTER, attach_lora
 from jmedlora.plan.layout import RunFolder
 from jmedlora.plan.specs import RunSpec
 from jmedlora.training.batches import MiniBatches, divide
-from jmedlora.training.engine import NotFinite, RunEngine, sum_over_workers
+from jmedlora.training.engine import NotFinite, RunEngine, sums_over_workers
 from jmedlora.training.loss import collate, labelled_tokens
 from jmedlora.training.process import Worker
-from jmedlora.training.records import RunRecords
+from jmedlora.training.records import RunRecords, library_versions
 from jmedlora.training.schedule import factor
+from jmedlora.training.state import SavedState, keep_newest, save_state
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
+
+
+STATE_EVERY_S = 300.0
+"""What a killed run loses at most, beside the step that it was at; a state is written at every checkpoint as well."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,21 @@ def digest_tokenizer(folder: Path) -> str:
     return total.hexdigest()
 
 
-def train_run(spec: RunSpec, base: BaseModel, folder: RunFolder, sources: Path, worker: Worker, records: RunRecords | None) -> None:
+def train_run(
+    spec: RunSpec,
+    base: BaseModel,
+    folder: RunFolder,
+    sources: Path,
+    worker: Worker,
+    records: RunRecords | None,
+    checkpoint_steps: list[int],
+    start: int = 0,
+) -> None:
     """Trains one adapter and writes its checkpoints to `folder`; `base` is afterwards as it was before.
 
-    records: on the leading worker only. Raises NotFinite, on every worker alike, when loss or gradient is not a number.
+    records: on the leading worker only. checkpoint_steps: steps after which an adapter is written, the last one among them.
+    start: steps that are done, whose state is in `folder`.
+    Raises NotFinite, on every worker alike, when loss or gradient is not a number.
     """
     rows = _TrainingSet(spec, base, sources)
     batches = MiniBatches(rows.lengths, spec.settings.batch_size, spec.settings.seed, spec.settings.length_grouping)
@@ -66,13 +83,22 @@ def train_run(spec: RunSpec, base: BaseModel, folder: RunFolder, sources: Path, 
         raise ValueError(f"run {spec.run_key}: planned with {spec.rows} rows, found {len(rows.lengths)}")
     if records is not None:
         records.tell(truncated_rows=rows.truncated)
-    with _adapter(spec, base.model, worker) as (adapted, engine, dropout):
-        for step in range(1, spec.total_steps + 1):
-            record = _train_step(spec, step, rows, batches, engine, dropout, worker, base.tokenizer)
+    state = SavedState(start, folder.state(start)).tensors() if start else None
+    with _adapter(spec, base.model, worker, start, state) as (adapted, engine, dropout):
+        saved_at = time.monotonic()
+        for step in range(start + 1, spec.total_steps + 1):
+            is_due = worker.leads and time.monotonic() - saved_at >= STATE_EVERY_S
+            record, is_agreed = _train_step(spec, step, rows, batches, engine, dropout, worker, base.tokenizer, is_due)
             if records is not None:
                 records.add_step(record)
-            if step in spec.checkpoint_steps:
+            is_checkpoint = step in checkpoint_steps
+            if is_checkpoint:
                 _checkpoint(spec, step, folder, adapted, engine, records)
+            if is_checkpoint or is_agreed:
+                _save_state(spec, step, folder, engine, records)
+                saved_at = time.monotonic()
+    if records is not None:
+        keep_newest(folder, 1)
 
 
 class _TrainingSet:
@@ -103,12 +129,14 @@ class _TrainingSet:
 
 
 @contextmanager
-def _adapter(spec: RunSpec, model: PreTrainedModel, worker: Worker) -> Iterator[tuple[PeftModel, RunEngine, DropoutContext]]:
-    """A fresh adapter on an engine of its own; taken out again at the end, whatever happens."""
+def _adapter(
+    spec: RunSpec, model: PreTrainedModel, worker: Worker, steps: int, state: dict[str, Tensor] | None
+) -> Iterator[tuple[PeftModel, RunEngine, DropoutContext]]:
+    """An adapter, fresh or as it was after `steps` steps, on an engine of its own; taken out again at the end, whatever happens."""
     dropout = DropoutContext(spec.settings.seed)
     adapted = attach_lora(model, spec.settings, spec.model.family, model.device, dropout)
     try:
-        engine = RunEngine(adapted, spec.settings, spec.deepspeed.zero_stage, spec.compute_precision, worker)
+        engine = RunEngine(adapted, spec.settings, spec.deepspeed.zero_stage, spec.compute_precision, worker, steps, state)
         try:
             yield adapted, engine, dropout
         finally:
@@ -127,8 +155,9 @@ def _train_step(
     dropout: DropoutContext,
     worker: Worker,
     tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, Any]:
-    """One optimizer step over all workers; returns its line of train.jsonl."""
+    wish: bool,
+) -> tuple[dict[str, Any], bool]:
+    """One optimizer step over all workers; returns its line of train.jsonl, and whether a worker has a wish."""
     settings, started = spec.settings, time.perf_counter()
     taken = batches.rows_of(step)
     labelled = rows.labelled(taken)
@@ -138,7 +167,8 @@ def _train_step(
         dropout.enter(step, micro_batch.rows, worker.device)
         tensors = collate(rows.take(micro_batch.rows), int(tokenizer.pad_token_id), worker.device)
         total += engine.backward(tensors, micro_batch.weight, labelled, last=place == len(mine))
-    loss = sum_over_workers(total) / labelled
+    summed, wishes = sums_over_workers([total, torch.tensor(float(wish))])
+    loss = summed / labelled
     if not math.isfinite(loss):
         raise NotFinite(f"step {step}: the loss is {loss}")
     learning_rate = settings.learning_rate * factor(step, settings, spec.total_steps)
@@ -146,7 +176,7 @@ def _train_step(
         grad_norm = engine.step(learning_rate)
     except NotFinite as reason:
         raise NotFinite(f"step {step}: the {reason}") from None
-    return {
+    record = {
         "step": step,
         "epoch": step / spec.steps_per_epoch,
         "loss": loss,
@@ -156,6 +186,7 @@ def _train_step(
         "seconds": time.perf_counter() - started,
         "time": clock.now(),
     }
+    return record, wishes > 0
 
 
 def _checkpoint(spec: RunSpec, step: int, folder: RunFolder, adapted: PeftModel, engine: RunEngine, records: RunRecords | None) -> None:
@@ -163,3 +194,10 @@ def _checkpoint(spec: RunSpec, step: int, folder: RunFolder, adapted: PeftModel,
     if records is not None:
         save_adapter(folder.checkpoint(step), tensors, adapted.peft_config[ADAPTER], base_name(spec.model))
         records.add_checkpoint(step)
+
+
+def _save_state(spec: RunSpec, step: int, folder: RunFolder, engine: RunEngine, records: RunRecords | None) -> None:
+    tensors = engine.state_tensors()
+    if records is not None:
+        records.sync()
+        save_state(folder, step, tensors, {"run_key": spec.run_key, "total_steps": spec.total_steps, "versions": library_versions()})

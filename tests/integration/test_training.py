@@ -288,7 +288,7 @@ def test_an_error_fails_one_run_and_the_next_goes_on(data_file: Path, tmp_path: 
     assert "no_such_layer" in recorded["error"]
 
 
-def test_finished_runs_are_skipped_and_unfinished_ones_start_over(data_file: Path, tmp_path: Path) -> None:
+def test_finished_runs_are_skipped_and_unfinished_ones_go_on_where_they_stand(data_file: Path, tmp_path: Path) -> None:
     done = run_spec(data_file)
     halted = run_spec(data_file, seed=1, checkpoint_every=2)
     train(tmp_path, done)
@@ -306,8 +306,7 @@ def test_finished_runs_are_skipped_and_unfinished_ones_start_over(data_file: Pat
     assert outcomes == [RunOutcome(done.run_key, "finished", skipped=True), RunOutcome(halted.run_key, "finished")]
     key = halted.run_key
     assert told.calls == [
-        ("start", key, 6), ("step", key, 1), ("step", key, 2), ("checkpoint", key, 2), ("step", key, 3), ("step", key, 4),
-        ("checkpoint", key, 4), ("step", key, 5), ("step", key, 6), ("checkpoint", key, 6), ("end", key, "finished"),
+        ("start", key, 6), ("step", key, 5), ("step", key, 6), ("checkpoint", key, 6), ("end", key, "finished"),
     ]  # fmt: skip
     assert not stray.exists()
     train(tmp_path / "fresh", halted)

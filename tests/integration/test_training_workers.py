@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,10 +14,10 @@ from jmedlora.plan.records import read_run, read_training
 from jmedlora.plan.specs import RunSpec
 from jmedlora.training.loop import train_trial
 from jmedlora.training.process import ensure_process_group
+from tests.integration.processes import run_training_workers
 from tests.integration.training_worker import Silent
 from tests.tiny import ROWS, run_spec, trial_of, write_rows
 
-_ROOT = Path(__file__).resolve().parents[2]
 _CASES = [(family, precision, stage) for family in ("llama", "gpt_neox") for precision in ("fp32", "nf4") for stage in (0, 1, 2, 3)]
 
 
@@ -40,26 +36,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     queue = [_spec(data_file, "llama", "fp32", 3, learning_rate=1e30, max_grad_norm=None), specs[_name("llama", "fp32", 3)]]
     trials["queue"] = trial_of(*queue, workers=2).model_dump(mode="json")
     (folder / "trials.json").write_text(json.dumps(trials), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {
-        "PYTHONPATH": str(_ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1", "JMEDLORA_CACHE": str(folder / "cache"),
-    }  # fmt: skip
-    command = [sys.executable, "-W", "error::UserWarning:jmedlora", str(_ROOT / "tests/integration/training_worker.py"), str(folder)]
-    logs = [(folder / f"{rank}.log").open("wb") for rank in range(2)]
-    workers = [
-        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=log)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [worker.wait(timeout=240) for worker in workers]
-    finally:
-        for worker, log in zip(workers, logs, strict=True):
-            worker.kill()
-            log.close()
-    assert codes == [0, 0], (folder / "0.log").read_text()[-4000:] + (folder / "1.log").read_text()[-4000:]
+    run_training_workers(folder)
     return folder
 
 
