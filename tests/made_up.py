@@ -16,6 +16,7 @@ from jmedlora.config.data import DataConfig
 from jmedlora.config.digest import key_of
 from jmedlora.config.parts import DeepSpeedConfig, MethodConfig, ModelConfig, RandomSource
 from jmedlora.config.run import RunSettings
+from jmedlora.evaluation.results import made_with
 from jmedlora.plan.layout import METRICS, PREDICTIONS, Storage
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec, TrialSpec
 
@@ -207,7 +208,7 @@ def _write_evaluation(
         "accuracy": sum(row["correct"] for row in rows) / len(rows),
         "exact_match": sum(row["exact_match"] for row in rows) / len(rows),
         "gestalt_score": math.fsum(row["gestalt_score"] for row in rows) / len(rows),
-        "metric_settings": {"autojunk": False},
+        **made_with(evaluation),
         "scoring": evaluation.scoring,
         "adapter_digest": None if step == 0 else "a" * 64,
         "prompt_tokens": 4000,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import BaseModel
+from rich.console import Console
 from rich.table import Column, Table
 
 from jmedlora.cli.common import AsJson, page
@@ -18,12 +22,16 @@ from jmedlora.config.data import DataConfig
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.locate import absolute
 from jmedlora.config.origin import COMMAND_LINE, Origin
+from jmedlora.config.validate import unknown_name
 
 PartT = TypeVar("PartT", bound=BaseModel)
 
 app = typer.Typer(help="Benchmarks and training data: what there is, what it is made of, and bringing it here.", no_args_is_help=True)
 
-BenchmarkArgument = Annotated[str, typer.Argument(metavar="BENCHMARK", help="Name of a benchmark (`jmedlora data list`).")]
+BenchmarkArgument = Annotated[
+    str, typer.Argument(metavar="BENCHMARK", help="Name of a benchmark (`jmedlora data list`), or a file or folder of questions.")
+]
+BenchmarkName = Annotated[str, typer.Argument(metavar="BENCHMARK", help="Name of a benchmark (`jmedlora data list`).")]
 DataOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Read the benchmark from this file or folder.")]
 Sources = Annotated[Path, typer.Option(metavar="DIR", help="Folder in which named sources are kept.")]
 Changes = Annotated[
@@ -38,10 +46,7 @@ def list_(sources: Sources = Path("sources"), as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(rows, ensure_ascii=False, indent=1))
         return
-    table = Table("", "name", "here", Column("place", overflow="fold"), Column("from", overflow="fold"), box=None)
-    for row in rows:
-        table.add_row(row["kind"], row["name"], "yes" if row["here"] else "no", row["place"], row["from"])
-    page().print(table)
+    _print_standings(rows, page())
 
 
 @app.command()
@@ -52,32 +57,27 @@ def show(
     sources: Sources = Path("sources"),
     as_json: AsJson = False,
 ) -> None:
-    """Count what a benchmark is made of, and tell the rows that were mended while it was read."""
+    """Count what a benchmark is made of, and tell the rows that are worth a look."""
     facts = describe_benchmark(read_benchmark(benchmark, changes or [], data), sources)
     if as_json:
         print(json.dumps(facts, ensure_ascii=False, indent=1))
     else:
-        _print_facts(facts)
+        _print_facts(facts, page())
 
 
 @app.command()
-def fetch(benchmark: BenchmarkArgument, sources: Sources = Path("sources")) -> None:
+def fetch(benchmark: BenchmarkName, sources: Sources = Path("sources")) -> None:
     """Bring a benchmark into the folder of sources, from where its authors publish it."""
     from jmedlora.data.fetch import fetch_benchmark
 
     print(fetch_benchmark(read_benchmark(benchmark, []), sources))
 
 
-def preset_names(group: str, cwd: Path | None = None) -> list[str]:
-    """Names of the presets of a group: the user's own in `./<group>` or `./conf/<group>`, and the shipped ones."""
-    folders = [folder / group for folder in _origin(cwd or Path.cwd()).search]
-    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-
-
 def read_benchmark(name: str, changes: Sequence[str], data: Path | None = None, cwd: Path | None = None) -> BenchmarkConfig:
-    """A named benchmark with changes in Hydra's syntax, keys of its filters also without `filters.`; `data`: read it from there.
+    """A benchmark with changes in Hydra's syntax, keys of its filters also without `filters.`; `data`: read it from there.
 
-    Raises BadInput for an unknown name, a change that cannot be made, or a path that does not exist.
+    `name`: of a preset, or else the file or folder of the questions, after which the benchmark is then named. Raises BadInput
+    for an unknown name, a change that cannot be made, or a path that does not exist.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -85,11 +85,17 @@ def read_benchmark(name: str, changes: Sequence[str], data: Path | None = None, 
     from jmedlora.config.composition import apply_override
 
     cwd = cwd or Path.cwd()
-    entry: dict[str, Any] = {"preset": name}
     faults: list[Fault] = []
+    own = own_questions(name, cwd)
+    entry: dict[str, Any] = {"preset": name} if own is None else {"name": name_of_file(own), "path": str(own)}
+    if own is not None and not own.exists():
+        faults.append(Fault(COMMAND_LINE, "BENCHMARK", f"{name} does not exist", "a benchmark's name, or a file or folder of questions"))
+    if own is not None and data is not None:
+        faults.append(Fault(COMMAND_LINE, "--data", f"given together with {name}", "the name of a benchmark with --data, or a place alone"))
     told = "key=value, such as years=[2018,2019] or shuffle=1"
     for change in changes:
-        full = f"filters.{change}" if change.split("=", 1)[0].split(".", 1)[0] in Filters.model_fields else change
+        key = change.split("=", 1)[0].split(".", 1)[0]
+        full = f"filters.{change}" if key in Filters.model_fields else change
         try:
             override = OverridesParser.create().parse_override(full)
         except HydraException:
@@ -98,8 +104,11 @@ def read_benchmark(name: str, changes: Sequence[str], data: Path | None = None, 
         if "=" not in change or override.is_delete() or override.is_sweep_override() or str(override.key_or_group) in ("preset", "name"):
             faults.append(Fault(COMMAND_LINE, change, "is not a change", told))
             continue
+        if key not in Filters.model_fields and key not in BenchmarkConfig.model_fields:
+            faults.append(Fault(COMMAND_LINE, key, "unknown key", _known_keys(key)))
+            continue
         faults += apply_override(entry, override)
-    if data is not None:
+    if data is not None and own is None:
         entry["path"] = str(data)
     for key in ("path", "fewshot"):
         if isinstance(entry.get(key), str) and entry[key]:
@@ -108,6 +117,28 @@ def read_benchmark(name: str, changes: Sequence[str], data: Path | None = None, 
     if part is None:
         raise BadInput(faults)
     return part
+
+
+def name_of_file(path: Path) -> str:
+    """What a benchmark is called that is a file or folder of the user's own."""
+    return re.sub(r"[^\w-]", "-", path.stem) or "own"
+
+
+def own_questions(name: str, cwd: Path) -> Path | None:
+    """The place that is meant by a benchmark's name which is none of a preset; None for a name."""
+    from jmedlora.config.presets import preset_names
+    from jmedlora.data.files import kind_of
+
+    place = Path(absolute(name, cwd))
+    is_path = "/" in name or "." in name or (kind_of(place) != "" and name not in preset_names("benchmark", _origin(cwd).search))
+    return place if is_path else None
+
+
+def _known_keys(key: str) -> str:
+    """The filters, which most changes are about, unless the key is rather another one of a benchmark."""
+    others = [name for name in BenchmarkConfig.model_fields if name != "name"]
+    known = next((names for names in (list(Filters.model_fields), others) if difflib.get_close_matches(key, names)), None)
+    return unknown_name(key, known or Filters.model_fields)
 
 
 def describe_benchmark(config: BenchmarkConfig, sources: Path) -> dict[str, Any]:
@@ -157,16 +188,17 @@ def _read_part(group: str, kind: type[PartT], entry: Any, cwd: Path, faults: lis
 
 
 def _standings(group: str, kind: type[BenchmarkConfig] | type[DataConfig], sources: Path) -> list[dict[str, Any]]:
-    from jmedlora.data.files import kind_of, locate_source
+    from jmedlora.config.presets import preset_names
+    from jmedlora.data.files import kind_of, place_of
 
     faults: list[Fault] = []
     rows = []
-    for name in preset_names(group):
-        part = _read_part(group, kind, name, Path.cwd(), faults)
+    cwd = Path.cwd()
+    for name in preset_names(group, _origin(cwd).search):
+        part = _read_part(group, kind, name, cwd, faults)
         if part is None:
             continue
-        folder = sources / ("benchmarks" if group == "benchmark" else "data")
-        place = locate_source(part.path, part.bundled, folder / part.source.name if part.source else None)
+        place = place_of(part, sources)
         rows.append({"kind": group, "name": name, "here": bool(kind_of(place)), "place": str(place), "from": _origin_of(part)})
     if faults:
         raise BadInput(faults)
@@ -185,15 +217,28 @@ def _origin_of(part: BenchmarkConfig | DataConfig) -> str:
 # ---------------------------------------------------------------- printing
 
 
-def _print_facts(facts: dict[str, Any]) -> None:
+def _print_standings(rows: list[dict[str, Any]], console: Console) -> None:
+    """A table, or where it would break names and addresses in two, a line for each of them."""
+    table = Table("", "name", "here", "place, and where it is from", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(row["kind"], row["name"], "yes" if row["here"] else "no", f"{row['place']}\n{row['from']}")
+    if console.measure(table, options=console.options.update(max_width=sys.maxsize)).maximum <= console.width:
+        console.print(table, markup=False, highlight=False)
+        return
+    for row in rows:
+        for line in (f"{row['kind']} {row['name']}: {'here' if row['here'] else 'not here'}", f"  {row['place']}", f"  {row['from']}"):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_facts(facts: dict[str, Any], console: Console) -> None:
     source, evaluated = facts["source"], facts["evaluated"]
-    table = Table("", *_COLUMNS, box=None)
+    heads = (Column(head, justify="right", no_wrap=True) for head in _COLUMNS)
+    table = Table(Column("", no_wrap=True), *heads, box=None, pad_edge=False)
     for name, counts in [*source["years"].items(), ("all", source), ("evaluated", evaluated)]:
         answers = "/".join(str(counts["answers"].get(n, 0)) for n in (1, 2, 3))
         table.add_row(str(name), *(answers if key == "answers" else str(counts[key]) for key in _COLUMNS.values()))
-    console = page()
     console.print(f"{facts['benchmark']}: {facts['path']}", highlight=False, markup=False, soft_wrap=True)
-    console.print(table)
+    console.print(table, markup=False)
     lines = [
         ("filters", json.dumps(facts["filters"], ensure_ascii=False)),
         ("choices", _told(evaluated["choices"])),
@@ -203,7 +248,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
         ("with a translation", str(evaluated["translated"])),
         ("with blank choices", str(evaluated["blank_choices"])),
         ("examples", ", ".join(facts["examples"]) or "none"),
-        ("mended or left aside", str(len(facts["notes"]))),
+        ("rows worth a look", str(len(facts["notes"]))),
     ]
     for name, told in lines:
         if told:
@@ -214,10 +259,10 @@ def _print_facts(facts: dict[str, Any]) -> None:
 
 _COLUMNS = {
     "questions": "questions",
-    "text-only": "text_only",
-    "and 5 choices": "text_only_five_choices",
-    "and one answer": "text_only_five_choices_one_answer",
-    "answers 1/2/3": "answers",
+    "text-\nonly": "text_only",
+    "and 5\nchoices": "text_only_five_choices",
+    "and one\nanswer": "text_only_five_choices_one_answer",
+    "answers\n1/2/3": "answers",
     "numeric": "numeric",
     "points": "points",
 }

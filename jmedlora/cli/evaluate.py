@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +13,10 @@ import typer
 from rich.progress import Progress
 
 from jmedlora.cli.common import FAILED, INTERRUPTED, AsJson, Overrides, page
+from jmedlora.cli.data import name_of_file, own_questions
 from jmedlora.config.benchmark import SCORING_WAYS
 from jmedlora.config.faults import BadInput, Fault
+from jmedlora.config.origin import COMMAND_LINE
 from jmedlora.config.presets import preset_names
 
 SWEEP = "evaluate"
@@ -25,7 +29,9 @@ def evaluate(
         typer.Argument(metavar="MODEL", help="A model preset's name, a folder in Hugging Face format, or with --base-url a served name."),
     ],
     overrides: Overrides = None,
-    benchmark: Annotated[list[str] | None, typer.Option(help="A benchmark preset's name; may be given several times.")] = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help="A benchmark preset or a file of questions; may be given several times.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Where the benchmark's files are, in place of the preset's source.")] = None,
     shots: Annotated[str | None, typer.Option(help="Numbers of solved examples, such as 0,1.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt preset's name; may be given several times.")] = None,
@@ -41,8 +47,11 @@ def evaluate(
 
     options = _options(model, benchmark, data, shots, prompt, scoring, base_url, completions, first)
     if adapter is not None and not adapter.is_dir():
-        raise BadInput([Fault("command line", "--adapter", f"{adapter} is not a folder", "an adapter's folder in PEFT's format")])
-    config, planned = open_sweep(SWEEP, [*options, *(overrides or [])])
+        raise BadInput([Fault(COMMAND_LINE, "--adapter", f"{adapter} is not a folder", "an adapter's folder in PEFT's format")])
+    try:
+        config, planned = open_sweep(SWEEP, [*options, *(overrides or [])])
+    except BadInput as bad:
+        raise BadInput([_as_typed(fault) for fault in bad.faults]) from None
     from jmedlora.evaluation.rescoring import rescore_stored
     from jmedlora.plan.layout import Storage
 
@@ -70,7 +79,7 @@ def evaluate(
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     except EndpointFailed as failed:
-        print(f"{failed}; what was answered is kept: the same command goes on from here", file=sys.stderr)
+        print(f"jmedlora: {failed}; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(FAILED) from None
     if as_json:
         print(json.dumps(systems_as_json(found), ensure_ascii=False, indent=1))
@@ -92,21 +101,26 @@ def _options(
     """The options as changes to the shipped sweep; raises BadInput for what no change could say."""
     faults = []
     if data is not None and len(benchmarks or []) > 1:
-        faults.append(
-            Fault("command line", "--data", f"given for {len(benchmarks or [])} benchmarks", "one benchmark, or benchmarks=[...]")
-        )
+        faults.append(Fault(COMMAND_LINE, "--data", f"given for {len(benchmarks or [])} benchmarks", "one benchmark, or benchmarks=[...]"))
     counts = shots.split(",") if shots else []
     if not all(count.strip().isdigit() for count in counts):
-        faults.append(Fault("command line", "--shots", f"{shots!r} is not allowed", "numbers with commas between, such as 0,1"))
+        faults.append(Fault(COMMAND_LINE, "--shots", f"{shots!r} is not allowed", "numbers with commas between, such as 0,1"))
+    if completions and base_url is None:
+        faults.append(Fault(COMMAND_LINE, "--completions", "given without an address", "together with --base-url"))
+    if base_url is None and ("/" in model or model.startswith(".")) and not Path(model).is_dir():
+        faults.append(
+            Fault(COMMAND_LINE, "MODEL", f"{model} is not a folder", "a preset's name, a folder in Hugging Face format, --base-url")
+        )
     ways = [way.strip() for way in scoring.split(",")] if scoring else []
     faults += [
-        Fault("command line", "--scoring", f"{way!r} is not allowed", " or ".join(SCORING_WAYS)) for way in ways if way not in SCORING_WAYS
+        Fault(COMMAND_LINE, "--scoring", f"{way!r} is not allowed", " or ".join(SCORING_WAYS)) for way in ways if way not in SCORING_WAYS
     ]
     if faults:
         raise BadInput(faults)
     options = [f"references=[{_model_entry(model, base_url, completions)}]"]
     if benchmarks or data is not None or first is not None:
-        options.append(f"benchmarks=[{','.join(_benchmark_entry(name, data, first) for name in benchmarks or ['sample'])}]")
+        names = benchmarks or ([str(data)] if data is not None else ["sample"])
+        options.append(f"benchmarks=[{','.join(_benchmark_entry(name, data, first) for name in names)}]")
     if counts:
         options.append(f"shots=[{','.join(counts)}]")
     if prompts:
@@ -138,12 +152,28 @@ def _family(folder: Path) -> str:
 
 
 def _benchmark_entry(name: str, data: Path | None, first: int | None) -> str:
-    keys = [f"preset: {_quoted(name)}"]
-    if data is not None:
-        keys.append(f"path: {_quoted(str(data.resolve()))}")
+    """A preset, at a place of the user's own where one is given; or a file of questions, which goes by its own name."""
+    if (own := own_questions(name, Path.cwd())) is not None:
+        keys = [f"name: {_quoted(name_of_file(own))}", f"path: {_quoted(str(own))}"]
+    else:
+        keys = [f"preset: {_quoted(name)}", *([f"path: {_quoted(str(data.resolve()))}"] if data is not None else [])]
     if first is not None:
         keys.append(f"filters: {{first: {first}}}")
     return f"{{{', '.join(keys)}}}"
+
+
+_OPTIONS = {"references": "MODEL", "prompts": "--prompt", "benchmarks": "--benchmark", "shots": "--shots", "evaluate.scoring": "--scoring"}
+
+
+def _as_typed(fault: Fault) -> Fault:
+    """The fault by the option that it came from: the shipped sweep that stands behind this command is nothing a user has written."""
+    key = re.sub(r"\[\d+\]", "", fault.key)
+    option = next((option for name, option in _OPTIONS.items() if key == name or key.startswith(f"{name}.")), None)
+    if option is None or fault.where not in (COMMAND_LINE, f"conf/sweep/{SWEEP}.yaml"):
+        return fault
+    if key == "benchmarks.path":
+        option = "--data"
+    return replace(fault, where=COMMAND_LINE, key=option)
 
 
 def _quoted(text: str) -> str:

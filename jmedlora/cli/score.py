@@ -136,7 +136,7 @@ def _print_marks(marks: Marks, console: Console) -> None:
     for name, tally in result.by_text_only.items():
         table.add_row(name, *_cells(tally))
     table.add_row("all", *_cells(result.all), style="bold")
-    console.print(table)
+    console.print(table, markup=False)
     _print_categories(result, console)
     human = result.human
     if human.when_right is not None and human.when_wrong is not None:
@@ -157,7 +157,7 @@ def _print_categories(result: ExamResult, console: Console) -> None:
         column.justify = "right"
     for name, tally in sorted(result.by_category.items(), key=lambda entry: (-entry[1].total, entry[0])):
         table.add_row(name, *_cells(tally)[:3])
-    console.print(table)
+    console.print(table, markup=False)
 
 
 def _cells(tally: Tally) -> list[str]:

@@ -45,19 +45,20 @@ def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = 
     from jmedlora.plan.planner import open_sweep
 
     config, planned = open_sweep(sweep, overrides)
+    from jmedlora.plan.checks import check_keys
+    from jmedlora.plan.layout import Storage
     from jmedlora.plan.leaks import refuse_leaks
 
-    if not planned.missing:
-        refuse_leaks(config, cache_dir())
-    # what can be wrong is known by now: from here on the heavy libraries are worth their time
-    from jmedlora.orchestrator.driver import run_sweep
-    from jmedlora.orchestrator.ledger import HeldByAnother
-
+    check_keys(planned, Storage(config.storage_path))
     if planned.missing:
         from jmedlora.orchestrator.preflight import fetch_missing
 
         planned = fetch_missing(config, planned)
-        refuse_leaks(config, cache_dir())
+    refuse_leaks(config, cache_dir())
+    # what can be wrong is known by now: from here on the heavy libraries are worth their time
+    from jmedlora.orchestrator.driver import run_sweep
+    from jmedlora.orchestrator.ledger import HeldByAnother
+
     console = page()
     try:
         outcome = run_sweep(config, planned, address, console)
@@ -107,13 +108,11 @@ def status(sweep: SweepArgument, overrides: Overrides = None, as_json: AsJson = 
 
 def report(sweep: SweepArgument, overrides: Overrides = None) -> None:
     """Write tables, plots and the HTML page of a sweep again from what is stored."""
-    from jmedlora.evaluation.rescoring import rescore_stored
+    config = _stored_config(sweep, overrides)
+    planned = _stored_plan(config.storage_path, config.name)
     from jmedlora.plan.layout import Storage
     from jmedlora.report.writer import write_report
 
-    config = _stored_config(sweep, overrides)
-    planned = _stored_plan(config.storage_path, config.name)
-    rescore_stored(planned, Storage(config.storage_path))  # another sweep that shares runs may have asked for other settings
     files = write_report(planned, Storage(config.storage_path))
     _print_comparison(page(), files.results, files.statistics)
     print(f"report: {files.page}")
@@ -125,11 +124,11 @@ def ui(
     port: Annotated[int, typer.Option(help="Port of the page on this machine.")] = 5000,
 ) -> None:
     """Open MLflow on a sweep."""
+    config = _stored_config(sweep, overrides)
+    _stored_plan(config.storage_path, config.name)
     from jmedlora.plan.layout import Storage
     from jmedlora.tracking.ui import open_ui
 
-    config = _stored_config(sweep, overrides)
-    _stored_plan(config.storage_path, config.name)
     raise typer.Exit(open_ui(Storage(config.storage_path), config.name, port))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from jmedlora.config.parts import COMMIT, FILE_NAME, NAME, REPOSITORY, NamedSource, Number, Part, Text, Whole
 
@@ -158,7 +159,21 @@ class MetricSettings(Part):
     """What a choice's log-likelihood is divided by before choices are compared."""
 
 
+def _named_metrics(value: Any) -> Any:
+    """A variant's name, or a mapping that may build on one (`preset: harness`), as the settings themselves."""
+    name, changes = (value.get("preset", "default"), value) if isinstance(value, dict) else (value, {})
+    if isinstance(value, MetricSettings):
+        return value
+    if not isinstance(name, str) or name not in METRIC_VARIANTS:
+        keys = ", ".join(MetricSettings.model_fields)
+        raise PydanticCustomError("metric_variant", "{allowed}", {"allowed": f"{', '.join(METRIC_VARIANTS)}, or a mapping of {keys}"})
+    return {**METRIC_VARIANTS[name].model_dump(), **{key: setting for key, setting in changes.items() if key != "preset"}}
+
+
 DEFAULT_METRICS = MetricSettings()
 HARNESS_METRICS = MetricSettings(autojunk=True, order="mean", remove_full_stops=True)
 METRIC_VARIANTS = {"default": DEFAULT_METRICS, "harness": HARNESS_METRICS}
 """Named settings; `harness` is what the study's authors published later."""
+
+NamedMetrics = Annotated[MetricSettings, BeforeValidator(_named_metrics)]
+"""Metric settings in a configuration: a variant's name, or settings one by one."""

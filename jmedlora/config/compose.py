@@ -14,7 +14,7 @@ from jmedlora.config.composition import compose_sweep, find_secrets, find_sweep
 from jmedlora.config.data import DataConfig
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.locate import absolute, is_remote
-from jmedlora.config.origin import Origin
+from jmedlora.config.origin import COMMAND_LINE, Origin
 from jmedlora.config.parts import DeepSpeedConfig, MethodConfig, ModelConfig, ResourcesConfig
 from jmedlora.config.presets import PartReader
 from jmedlora.config.run import RunSettings
@@ -72,7 +72,9 @@ class _SweepReader:
         """The valid keys; each other one becomes a fault and counts as left out, so that the rest is checked too."""
         known = {key: value for key, value in raw.items() if key in SweepFile.model_fields}
         for key in raw.keys() - known.keys():
-            self._fault(key, "unknown key", unknown_name(key, SweepFile.model_fields))
+            typed = any(name.split(".")[0] == key for name in self.origin.overridden)
+            where = COMMAND_LINE if typed else self.origin.where
+            self.faults.append(Fault(where, key, "unknown key", unknown_name(key, SweepFile.model_fields)))
         try:
             return SweepFile.model_validate(known)
         except ValidationError as error:
@@ -188,7 +190,7 @@ class _SweepReader:
     # -- checks across keys
 
     def _check_runs(self, runs: dict[str, dict[str, Any]], training: dict[str, Any], references: list[str]) -> None:
-        if not runs and not references and not self.left_out & {"grid", "extra"}:
+        if not runs and not references and not self.left_out & {"grid", "extra", "references"}:
             self._fault("grid", "no runs", "a grid with at least a model, a method and epochs, or extra, or references")
         for key, own in runs.items():
             durations = [name for name in ("epochs", "max_steps") if name in own or name in training]

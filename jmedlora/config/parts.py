@@ -17,6 +17,7 @@ FILE_NAME = r"^[\w-][\w.-]*$"
 REPOSITORY = r"^[\w.-]+/[\w.-]+$"
 COMMIT = r"^[0-9a-f]{40}$"
 URL = r"^https?://\S+$"
+VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -90,7 +91,7 @@ class ApiSource(Part):
     """The name by which the server knows the model."""
     endpoint: Literal["chat", "completions"] = "chat"
     """`completions` sends the prompt as plain text; `chat` sends it as messages."""
-    key_env: str = "OPENAI_API_KEY"
+    key_env: Annotated[str, Field(pattern=VARIABLE)] = "OPENAI_API_KEY"
     """Environment variable that holds the key; the key itself never stands in a configuration."""
     max_concurrency: Annotated[Whole, Field(ge=1)] = 8
     timeout_s: Annotated[Number, Field(gt=0)] = 120

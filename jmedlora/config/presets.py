@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,9 +27,10 @@ _LOCATION_KEYS = ("path", "bundled", "source")
 _EXAMPLE_KEYS = ("fewshot", "fewshot_bundled", "fewshot_items")
 
 
-def preset_names(group: str) -> list[str]:
-    """The shipped presets of a group."""
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+def preset_names(group: str, search: Sequence[Path] | None = None) -> list[str]:
+    """The presets of a group in the folders where they are looked for; left out: the shipped ones."""
+    folders = [conf_dir()] if search is None else search
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
 @dataclass
@@ -62,7 +64,7 @@ class PartReader:
             path = folder / group / f"{name}.yaml"
             if path.is_file() and path not in below:
                 return self._preset_file(group, path, folder == conf_dir(), below)
-        names = {path.stem for folder in self.origin.search for path in (folder / group).glob("*.yaml")}
+        names = preset_names(group, self.origin.search)
         self.faults.append(Fault(self.origin.where, key, f"unknown {group} {name!r}", unknown_name(name, names)))
         return None
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from jmedlora.config.benchmark import METRIC_VARIANTS, BenchmarkConfig, MetricSettings, PromptConfig, ScoringWay
+from jmedlora.config.benchmark import DEFAULT_METRICS, BenchmarkConfig, NamedMetrics, PromptConfig, ScoringWay
 from jmedlora.config.data import DataConfig
 from jmedlora.config.faults import Fault
 from jmedlora.config.origin import locate_faults
@@ -25,17 +25,12 @@ class EvaluateConfig(Part):
     """`epoch`: at every epoch's end; `end`: once; a number: every so many optimizer steps. The last step always counts."""
     scoring: Annotated[list[ScoringWay], Field(min_length=1)] = ["generate"]
     """`generate`: an answer is generated and compared; `loglikelihood`: each choice is weighed as a continuation of the prompt."""
-    metrics: Literal["default", "harness"] | MetricSettings = "default"
+    metrics: NamedMetrics = DEFAULT_METRICS
     """How stored predictions are scored; may be changed after a sweep, which then scores again what it has stored."""
     precision: Literal["auto", "fp32", "bf16", "nf4"] = "auto"
     """How models that are evaluated as they are get loaded; `auto`: bf16 where the sweep's workers have GPUs, else fp32."""
     max_new_tokens: Annotated[Whole, Field(ge=1)] = 64
     batch_size: Annotated[Whole, Field(ge=1)] = 16
-
-    @property
-    def metric_settings(self) -> MetricSettings:
-        """The settings that a name stands for, or those given one by one."""
-        return self.metrics if isinstance(self.metrics, MetricSettings) else METRIC_VARIANTS[self.metrics]
 
 
 class SweepFile(Part):

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from jmedlora.config.faults import Fault
-from jmedlora.config.parts import COMMIT, FILE_NAME, NAME, REPOSITORY, URL
+from jmedlora.config.parts import COMMIT, FILE_NAME, NAME, REPOSITORY, URL, VARIABLE
 
 PartT = TypeVar("PartT", bound=BaseModel)
 
@@ -90,7 +90,9 @@ def faults_of(error: ValidationError, model: Any, where: str, prefix: str = "") 
             faults.append(Fault(where, key or "training", str(first["ctx"]["error"])))
         else:
             allowed = " or ".join(dict.fromkeys(filter(None, map(describe_allowed, details))))
-            faults.append(Fault(where, key, f"{_shown(first['input'])} is not allowed", allowed))
+            # what stands where a variable is to be named may be the key itself
+            shown = "what is given" if first.get("ctx", {}).get("pattern") == VARIABLE else _shown(first["input"])
+            faults.append(Fault(where, key, f"{shown} is not allowed", allowed))
     return faults
 
 
@@ -138,6 +140,7 @@ _PATTERNS = {
     REPOSITORY: "owner/name",
     COMMIT: "a commit of 40 hex digits",
     URL: "an address that begins with http:// or https://",
+    VARIABLE: "the name of an environment variable, such as OPENAI_API_KEY",
 }
 _BUILTIN_TYPES = {"str", "int", "float", "bool", "dict", "list", "none"}
 _SOURCE_KINDS = {"hub", "path", "gguf", "random", "named", "api", "github", "dataset"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,8 +12,8 @@ from jmedlora.config.benchmark import BenchmarkConfig, Filters
 from jmedlora.config.digest import digest, digest_rows
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.locate import bundled_file
-from jmedlora.data.files import NotHereYet, add_fault, is_table, kind_of, locate_source, read_rows
-from jmedlora.data.questions import from_cells, parse_jmedbench, parse_question
+from jmedlora.data.files import NotHereYet, add_fault, is_table, kind_of, place_of, read_rows
+from jmedlora.data.questions import QUESTION_COLUMNS, from_cells, parse_jmedbench, parse_question
 from jmedlora.data.rows import Question
 from jmedlora.data.selection import select, shuffle_choices
 from jmedlora.data.sidefiles import SUFFIXES, with_facts
@@ -57,8 +58,6 @@ def load_benchmark(config: BenchmarkConfig, sources: Path) -> Benchmark:
     questions, examples = select_questions(config, source, faults)
     for question in [*questions, *examples]:
         _refuse_unaskable(question, source.places.get(question.problem_id, str(source.path)), faults)
-    if not questions and not faults:
-        faults.append(Fault(str(source.path), "filters", "no question is left", "filters that keep at least one question"))
     if faults:
         raise BadInput(faults)
     if config.shuffle is not None:
@@ -79,7 +78,7 @@ def open_source(config: BenchmarkConfig, sources: Path) -> QuestionSource:
     """What stands at a benchmark's place; raises BadInput and NotHereYet as `load_benchmark` does."""
     path = place_of(config, sources)
     if config.source and not kind_of(path):
-        how = "" if config.source.kind == "named" else f"; `jmedlora data fetch {config.name}` brings it"
+        how = "" if config.source.kind == "named" else f"; `{_fetch_command(config.name, sources)}` brings it"
         raise NotHereYet(f"benchmark {config.name}: {path}{how}")
     faults: list[Fault] = []
     source = read_source(path, config.format, faults)
@@ -88,9 +87,10 @@ def open_source(config: BenchmarkConfig, sources: Path) -> QuestionSource:
     return source
 
 
-def place_of(config: BenchmarkConfig, sources: Path) -> Path:
-    """The file or folder that a benchmark is read from, whether or not it is there yet."""
-    return locate_source(config.path, config.bundled, sources / "benchmarks" / config.source.name if config.source else None)
+def _fetch_command(name: str, sources: Path) -> str:
+    """The command that fetches into this folder: without a word about it where it is the command's own."""
+    usual = sources.resolve() == Path("sources").resolve()
+    return f"jmedlora data fetch {name}" + ("" if usual else f" --sources {shlex.quote(str(sources))}")
 
 
 def select_questions(config: BenchmarkConfig, source: QuestionSource, faults: list[Fault]) -> tuple[list[Question], list[Question]]:
@@ -169,7 +169,7 @@ def _read_file(file: Path, form: Format, places: dict[str, str], faults: list[Fa
     start = len(faults)
     year = int(file.parent.name) if re.fullmatch(r"\d{4}", file.parent.name) else None
     questions: list[Question] = []
-    for where, row in read_rows(file, faults):
+    for where, row in read_rows(file, faults, QUESTION_COLUMNS if form == "questions" else None):
         found: list[Fault] = []
         if form == "jmedbench":
             question = parse_jmedbench(where, row, found, notes)

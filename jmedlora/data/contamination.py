@@ -137,6 +137,11 @@ def find_leaks(
     return leaks
 
 
+def count_short(questions: Sequence[Question], settings: LeakSettings = DEFAULT_LEAK_SETTINGS) -> int:
+    """Questions whose Japanese text is no leak by itself: they are found only together with their answer or choices."""
+    return sum(len(normalise(question.text)) < settings.long for question in questions)
+
+
 def _normalised(rows: Sequence[Instruction]) -> Iterator[tuple[int, list[tuple[str, str, str]]]]:
     """(position of the first row, normalised instruction, input and output of each) of as many rows as are looked at together."""
     start, characters, chunk = 0, 0, []

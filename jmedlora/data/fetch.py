@@ -12,6 +12,8 @@ import tarfile
 import urllib.error
 import urllib.request
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,8 +25,7 @@ from jmedlora.config.benchmark import BenchmarkConfig, DatasetSource, GithubSour
 from jmedlora.config.faults import BadInput, Fault, first_line
 from jmedlora.config.parts import URL
 from jmedlora.data.atomic import appearing, write_json
-from jmedlora.data.benchmarks import place_of
-from jmedlora.data.files import kind_of
+from jmedlora.data.files import kind_of, place_of
 
 GITHUB = "https://codeload.github.com"
 GITHUB_VARIABLE = "JMEDLORA_GITHUB"
@@ -35,7 +36,7 @@ KEPT_ENDINGS = (".json", ".jsonl", ".csv", ".md", ".txt")
 MAX_ARCHIVE_BYTES = 200 * 2**20
 MAX_CONTENT_BYTES = 2**30
 MAX_FILES = 20_000
-TIMEOUT_S = 60
+TIMEOUT_S = 30
 _BLOCK = 2**16
 
 
@@ -54,8 +55,7 @@ def fetch_benchmark(config: BenchmarkConfig, sources: Path, offline: bool = Fals
     if offline:
         raise _failed(config, f"{place} is not here, and the network is not to be used", "bring it there, or fetch without offline")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(place.parent / f".{place.name}.lock"):
+        with _alone(place):
             if not kind_of(place):  # another process may have brought it meanwhile
                 if source.kind == "github":
                     _fetch_repository(config, source, place)
@@ -64,6 +64,28 @@ def fetch_benchmark(config: BenchmarkConfig, sources: Path, offline: bool = Fals
     except OSError as error:
         raise _failed(config, f"{place}: {error.strerror or first_line(error)}", "a folder that can be written") from None
     return place
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Keeps other processes from bringing the same; where nothing has come to the place, folders made for it go again.
+
+    The lock's file goes while the lock is held: whoever waited for it notices, and locks the next one.
+    """
+    made = [folder for folder in (place.parent, *place.parent.parents) if not kind_of(folder)]
+    lock = place.parent / f".{place.name}.lock"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    finally:
+        if not kind_of(place):
+            for folder in made:
+                with suppress(OSError):  # another process has put something there
+                    folder.rmdir()
 
 
 # ---------------------------------------------------------------- GitHub
@@ -88,7 +110,8 @@ def _fetch_repository(config: BenchmarkConfig, source: GithubSource, place: Path
             raise _failed(config, f"{address}: {first_line(error)}", "the archive of a repository, whole and undamaged") from None
         except (OSError, http.client.HTTPException) as error:
             allowed = f"an address that can be reached (a mirror: {GITHUB_VARIABLE}), and room on the disk"
-            raise _failed(config, f"{address}: {first_line(error)}", allowed) from None
+            cause = error.reason if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception) else error
+            raise _failed(config, f"{address}: {first_line(cause)}", allowed) from None
         archive.unlink()
         write_json(aside / RECORD, _record(source.repo, source.revision, digest))
 
@@ -139,19 +162,58 @@ def _extract(archive: Path, folder: Path, revision: str) -> None:
 
 
 def _fetch_dataset(config: BenchmarkConfig, source: DatasetSource, place: Path) -> None:
-    from huggingface_hub import hf_hub_download  # slow to import
-
     try:
-        cached = Path(hf_hub_download(source.repo, source.file, repo_type="dataset", revision=source.revision))
+        with _hub_is_silent():
+            cached = _from_hub(source)
         content = cached.read_bytes()
     except Exception as error:  # the hub's client lets errors of many libraries through
-        told = f"{source.file} of {source.repo}: {first_line(error)}"
+        answer = getattr(error, "response", None)
+        reason = first_line(error) if answer is None else f"{answer.url.host} answers {answer.status_code} {answer.reason_phrase}"
+        told = f"{source.file} of {source.repo}: {reason:.160}"
         raise _failed(config, told, "a data set, file and revision that exist and can be reached") from None
     record = _record(source.repo, _commit_of(cached) or source.revision or "", hashlib.sha256(content).hexdigest())
-    write_json(place.with_name(place.name + RECORD), {**record, "file": source.file})
-    aside = place.with_name(f".{place.name}.part")
-    shutil.copyfile(cached, aside)
-    aside.replace(place)
+    beside, aside = place.with_name(place.name + RECORD), place.with_name(f".{place.name}.part")
+    try:
+        write_json(beside, {**record, "file": source.file})
+        shutil.copyfile(cached, aside)
+        aside.replace(place)
+    finally:
+        aside.unlink(missing_ok=True)
+        if not kind_of(place):
+            beside.unlink(missing_ok=True)
+
+
+def _from_hub(source: DatasetSource) -> Path:
+    """The file in the hub's cache, downloaded where it is not there yet.
+
+    The hub is asked once before the download, which would try for half a minute where there is no network.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url  # slow to import
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(source.repo, source.file, repo_type="dataset", revision=source.revision))
+    except HfHubHTTPError:
+        raise
+    except Exception as unreachable:  # of the network's libraries, or the client is told to stay offline
+        try:
+            return Path(hf_hub_download(source.repo, source.file, repo_type="dataset", revision=source.revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise unreachable from None
+    return Path(hf_hub_download(source.repo, source.file, repo_type="dataset", revision=source.revision))
+
+
+@contextmanager
+def _hub_is_silent() -> Iterator[None]:
+    """Without what the hub's client logs: what matters of it is told in our one line."""
+    from huggingface_hub.utils import logging  # slow to import
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _commit_of(cached: Path) -> str:

@@ -9,31 +9,53 @@ import json
 import re
 import reprlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jmedlora.config.benchmark import BenchmarkConfig
+from jmedlora.config.data import DataConfig
 from jmedlora.config.faults import Fault, first_line
 from jmedlora.config.locate import bundled_file
 
 MAX_FAULTS_PER_FILE = 20
+
+_WORKBOOKS = (".xlsx", ".xls", ".xlsm", ".ods")
+_SEPARATORS = (",", ";", "\t")
+_KNOWN_COLUMNS = {
+    *("problem_id", "problem_text", "choices", "choice_a", "choice_b", "text_only", "answer", "points", "section", "category"),
+    *("instruction", "input", "output"),
+    *("prediction",),
+}
+"""Columns that some reader of rows knows: enough of them to tell what stands between the cells of a header."""
 
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
 _SHOWN.maxlist = 10
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What the header of a table must have."""
+
+    needed: tuple[tuple[str, ...], ...]
+    """Of each entry one name."""
+    told: str
+    """The same, for whoever has to mend the file."""
+
+
 class NotHereYet(Exception):
     """A named source that has not been fetched, generated or brought; the message says where it is looked for."""
 
 
-def locate_source(path: str | None, bundled: str | None, named: Path | None) -> Path:
-    """The one of the three ways of naming a source that is used, as a path."""
-    if path is not None:
-        return Path(path)
-    if bundled is not None:
-        return bundled_file(bundled)
-    assert named is not None
-    return named
+def place_of(part: BenchmarkConfig | DataConfig, sources: Path) -> Path:
+    """The file or folder that a benchmark or training set is read from, whether or not it is there yet."""
+    if part.path is not None:
+        return Path(part.path)
+    if part.bundled is not None:
+        return bundled_file(part.bundled)
+    assert part.source is not None
+    return sources / ("benchmarks" if isinstance(part, BenchmarkConfig) else "data") / part.source.name
 
 
 def kind_of(path: Path) -> Literal["file", "folder", ""]:
@@ -46,16 +68,24 @@ def kind_of(path: Path) -> Literal["file", "folder", ""]:
 
 def is_table(path: Path) -> bool:
     """True for CSV, whose cells are all texts."""
-    return path.suffix.lower() == ".csv"
+    return path.suffix.lower() in (".csv", ".tsv")
 
 
-def read_rows(path: Path, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path, faults: list[Fault], columns: Columns | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields a file's rows with their places; which format it is, its ending says.
 
-    `.csv`: (`file:line`, row) with texts alone, the line being the one where the row begins; `.parquet`: (`file[position]`, row);
-    else JSON Lines: (`file:line`, row), or a JSON list: (`file[position]`, row). Blank lines, and CSV rows of empty cells, are skipped.
-    What is not a row becomes a fault, at most 20 a file.
+    `.csv` and `.tsv`: (`file:line`, row) with texts alone, the line being the one where the row begins; `.parquet`:
+    (`file[position]`, row); else JSON Lines: (`file:line`, row), or a JSON list: (`file[position]`, row). Blank lines, and CSV
+    rows of empty cells, are skipped. What is not a row becomes a fault, at most 20 a file.
+
+    A table's header without the `columns` that it must have is one fault, not one a row.
     """
+    if kind_of(path) == "folder":
+        faults.append(Fault(str(path), "", "a folder", "the files in it"))
+        return
+    if path.suffix.lower() in _WORKBOOKS and kind_of(path):
+        faults.append(Fault(str(path), "", "an Excel workbook: save it as `CSV UTF-8`"))
+        return
     if path.suffix.lower() == ".parquet":
         yield from _parquet_rows(path, faults)
         return
@@ -63,7 +93,7 @@ def read_rows(path: Path, faults: list[Fault]) -> Iterator[tuple[str, dict[str, 
     if text is None:
         return
     if is_table(path):
-        yield from _csv_rows(str(path), text, faults)
+        yield from _csv_rows(str(path), text, faults, columns)
     elif text.lstrip().startswith("["):
         yield from _listed_rows(str(path), text, faults)
     else:
@@ -90,7 +120,7 @@ def _text_of(path: Path, faults: list[Fault]) -> str | None:
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:
-        faults.append(Fault(str(path), "", f"cannot be read: {error}", "a UTF-8 file of rows"))
+        faults.append(Fault(str(path), "", f"cannot be read: {_reason(error)}", "a UTF-8 file of rows"))
         return None
     try:
         return content.decode("utf-8-sig")
@@ -156,9 +186,9 @@ def _is_first_line(text: str, error: Exception) -> bool:
     return "\n" in head and "\n" not in head.rstrip()
 
 
-def _csv_rows(name: str, text: str, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_rows(name: str, text: str, faults: list[Fault], columns: Columns | None) -> Iterator[tuple[str, dict[str, Any]]]:
     start = len(faults)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=_separator_of(text))
     header: list[str] | None = None
     before = 0
     while True:
@@ -180,6 +210,9 @@ def _csv_rows(name: str, text: str, faults: list[Fault]) -> Iterator[tuple[str, 
             if twice := sorted({column for column in header if column and header.count(column) > 1}):
                 faults.append(Fault(where, twice[0], "two columns of this name", "each column once"))
                 return
+            if columns and not all(any(name in header for name in names) for names in columns.needed):
+                faults.append(Fault(where, "header", f"the columns {_cut(', '.join(header))}", columns.told))
+                return
         elif len(cells) < len(header) or any(cell.strip() for cell in cells[len(header) :]):
             problem = f"{len(cells)} cells under {len(header)} columns"
             if not add_fault(faults, start, Fault(where, "", problem, "a cell for every column")):
@@ -188,17 +221,37 @@ def _csv_rows(name: str, text: str, faults: list[Fault]) -> Iterator[tuple[str, 
             yield where, {column: cell for column, cell in zip(header, cells) if column}
 
 
+def _separator_of(text: str) -> str:
+    """What parts the header into the most columns that are known; a comma where nothing does.
+
+    A spreadsheet writes semicolons where commas stand in numbers. Guessing from all rows would take a question's text for columns.
+    """
+    found = re.search(r"[^\s,;\"][^\r\n]*", text)
+    header = found.group() if found else ""
+    return max(_SEPARATORS, key=lambda sign: sum(cell.strip(' "') in _KNOWN_COLUMNS for cell in header.split(sign)))
+
+
+def _cut(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def _parquet_rows(path: Path, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Any]]]:
     from pyarrow import ArrowException  # slow to import, and most files are not Parquet
     from pyarrow.parquet import read_table
 
     try:
-        rows = read_table(path).to_pylist()
+        with path.open("rb") as file:
+            rows = read_table(file).to_pylist()
     except (ArrowException, OSError, ValueError, TypeError) as error:
-        faults.append(Fault(str(path), "", f"cannot be read: {first_line(error)}", "a Parquet file"))
+        faults.append(Fault(str(path), "", f"cannot be read: {_reason(error)}", "a Parquet file"))
         return
     for position, row in enumerate(rows):
         yield f"{path}[{position}]", row
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read; the system's own message would name the path once more."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
 def _not_json(error: Exception) -> str:

@@ -10,8 +10,10 @@ from jmedlora.config.data import DataConfig
 from jmedlora.config.digest import digest_rows
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.data.benchmarks import read_questions
-from jmedlora.data.files import NotHereYet, add_fault, kind_of, locate_source, read_rows
+from jmedlora.data.files import Columns, NotHereYet, add_fault, kind_of, place_of, read_rows
 from jmedlora.data.rows import Instruction, is_unicode
+
+_COLUMNS = Columns((("instruction",), ("output",)), "the columns instruction, output, and input where there is one")
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,9 @@ def load_instructions(config: DataConfig, sources: Path) -> InstructionSet:
     Raises BadInput with a fault per bad row, NotHereYet for a named source that is missing.
     """
     _refuse_question_filters(config)
-    named = sources / "data" / config.source.name if config.source else None
-    if named is not None and not kind_of(named):
-        raise NotHereYet(f"data {config.name}: {named}")
-    path = locate_source(config.path, config.bundled, named)
+    path = place_of(config, sources)
+    if config.source and not kind_of(path):
+        raise NotHereYet(f"data {config.name}: {path}")
     faults: list[Fault] = []
     if config.format == "questions":
         rows = [question.as_instruction() for question in read_questions(path, config.filters, faults)]
@@ -63,7 +64,7 @@ def _read_instructions(path: Path, faults: list[Fault]) -> list[Instruction]:
         return []
     rows: list[Instruction] = []
     start = len(faults)
-    for where, row in read_rows(path, faults):
+    for where, row in read_rows(path, faults, _COLUMNS):
         found = _row_faults(where, row)
         if not found:
             rows.append(Instruction(row["instruction"].strip(), (row.get("input") or "").strip(), row["output"].strip()))

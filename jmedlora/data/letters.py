@@ -38,10 +38,21 @@ def alternatives_of(entries: Sequence[str]) -> list[list[str]]:
 
 
 def answer_entries(cell: str, has_choices: bool) -> Any:
-    """The entries of an answer that stands in one cell: `a`, `a,c`, `ac`, a list, or the number of a question without choices."""
+    """The entries of an answer that is one text: `a`, `a,c`, `ac`, a list, or the number of a question without choices."""
     if (listed := listed_texts(cell)) is not None:
         return listed
     return [cell.strip()] if not has_choices or _EITHER.search(half_width(cell)) else letters_in(cell)
+
+
+def choices_in(cell: str) -> Any | None:
+    """The choices that stand in one cell: a list, or texts parted by line breaks or by `|`; None where it is none of these.
+
+    Commas part nothing outside brackets, and a cell with line breaks and bars can be read in two ways.
+    """
+    if (listed := listed_texts(cell)) is not None:
+        return listed
+    found = [parts for sign in (r"\r\n|\r|\n", r"[|｜]") if len(parts := re.split(sign, cell.strip())) > 1]
+    return [part.strip() for part in found[0]] if len(found) == 1 else None
 
 
 def listed_texts(cell: str) -> Any | None:

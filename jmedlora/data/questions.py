@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, TypeGuard
 
 from jmedlora.config.faults import Fault
-from jmedlora.data.files import shown
-from jmedlora.data.letters import alternatives_of, answer_entries, half_width, letters_in, listed_texts
+from jmedlora.data.files import Columns, shown
+from jmedlora.data.letters import alternatives_of, answer_entries, choices_in, half_width, letters_in
 from jmedlora.data.rows import LETTERS, Question, QuestionFacts, is_unicode
 
 FIRST_EXAM_YEAR = 1906
 """The exam's number plus this is its year: the 112th was held in 2018."""
 MAX_POINTS = 1_000_000
-_NUMBERED = re.compile(r"(\d{3})([A-Z])\d+")
+NUMBERED = re.compile(r"(\d{3})([A-Z])\d+")
 """Ids of the national exam: its number, the section's letter, the question's number."""
+QUESTION_COLUMNS = Columns(
+    (("problem_id",), ("problem_text",), ("choice_a", "choices"), ("answer",)),
+    f"the columns problem_id, problem_text, choice_a ... choice_{LETTERS[-1]} (or choices), answer",
+)
 _CHOICE_COLUMNS = [f"choice_{letter}" for letter in LETTERS]
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _JMEDBENCH_KEYS = {"problem_id": "sample_id", "problem_text": "question", "choices": "options", "answer": "answer_idx"}
@@ -25,7 +30,7 @@ _JMEDBENCH_KEYS = {"problem_id": "sample_id", "problem_text": "question", "choic
 
 
 def from_cells(where: str, row: dict[str, str], faults: list[Fault]) -> dict[str, Any]:
-    """A CSV row in the shape of a JSON row: empty cells are left out, lists and flags are read.
+    """A CSV row in the shape of a JSON row: empty cells are left out, choices and flags are read.
 
     Choices are a list in one cell (`choices`), or stand in columns `choice_a` to `choice_j`; both at once are a fault.
     """
@@ -34,14 +39,15 @@ def from_cells(where: str, row: dict[str, str], faults: list[Fault]) -> dict[str
     while columns and not columns[-1]:
         columns.pop()
     if "choices" in given:
-        listed = listed_texts(given["choices"])
-        given["choices"] = given["choices"] if listed is None else listed
+        found = choices_in(given["choices"])
+        if found is None:
+            allowed = f"columns choice_a ... choice_{LETTERS[-1]}, or texts parted by line breaks or by | alone"
+            faults.append(Fault(where, "choices", _found(given, "choices"), allowed))
+        given["choices"] = [] if found is None else found  # told already
         if columns:
             faults.append(Fault(where, "choice_a", "given together with choices", "choices, or columns choice_a to choice_j"))
     elif columns or "choices" in row or "choice_a" in row:
         given["choices"] = columns
-    if "answer" in given:
-        given["answer"] = answer_entries(given["answer"], bool(given.get("choices")))
     if "text_only" in given:
         given["text_only"] = _FLAGS.get(given["text_only"].lower(), given["text_only"])
     return given
@@ -57,13 +63,15 @@ def parse_jmedbench(where: str, row: dict[str, Any], faults: list[Fault], notes:
     if isinstance(options, list):
         if not options:
             found.append(Fault(where, "options", "an empty list", f"2 to {len(LETTERS)} texts"))
-        if not _is_whole(place) or not 0 <= place < len(options):
-            found.append(Fault(where, "answer_idx", _found(row, "answer_idx"), f"a position from 0 to {max(len(options) - 1, 0)}"))
-            own["answer"] = ["a"]  # told already
-        elif place < len(LETTERS):
-            own["answer"] = [LETTERS[place]]
         if size is not None and (not _is_whole(size) or size != len(options)):
             found.append(Fault(where, "n_options", f"{shown(size)} with {len(options)} options", "the number of options"))
+    last = len(options) - 1 if isinstance(options, list) and options else None
+    own["answer"] = ["a"]  # what is wrong with the position, or with the options, is told in this format's own terms
+    if not _is_whole(place) or place < 0 or (last is not None and place > last):
+        allowed = "a position from 0" if last is None else f"a position from 0 to {last}"
+        found.append(Fault(where, "answer_idx", _found(row, "answer_idx"), allowed))
+    elif place < len(LETTERS):
+        own["answer"] = [LETTERS[place]]
     question = parse_question(where, {"points": 1, **own}, None, found, notes)
     faults += [replace(fault, key=_JMEDBENCH_KEYS.get(fault.key, fault.key)) for fault in found]
     return None if found else question
@@ -80,8 +88,10 @@ def parse_question(where: str, row: dict[str, Any], year: int | None, faults: li
     text = _text(where, row, "problem_text", found)
     choices = _choices(where, row, found)
     answer = row.get("answer")
+    if isinstance(answer, str) and answer.strip():
+        answer = answer_entries(answer, bool(choices))
     if not isinstance(answer, list) or not answer or not all(isinstance(entry, str) for entry in answer):
-        found.append(Fault(where, "answer", _found(row, "answer"), "a list of letters"))
+        found.append(Fault(where, "answer", _found(row, "answer"), 'a list of letters such as ["a"]'))
         answer = None
     elif not all(map(is_unicode, answer)):
         found.append(Fault(where, "answer", f"{shown(answer)} is not valid Unicode text"))
@@ -103,7 +113,8 @@ def parse_question(where: str, row: dict[str, Any], year: int | None, faults: li
     faults += found
     if found:
         return None
-    numbered = _NUMBERED.fullmatch(problem_id)
+    notes += [f"{where}: choices: {told}" for told in _odd_choices(choices or [])]
+    numbered = NUMBERED.fullmatch(problem_id)
     return Question(
         problem_id,
         text,
@@ -183,15 +194,26 @@ def _positions(where: str, answer: list[str], choices: list[str], faults: list[F
             allowed = f"letters of {letters[0]} to {letters[-1]}"
             faults.append(Fault(where, "answer", f"{shown(answer)} names no choice", allowed))
             return []
-        if any(len(letter) != 1 or letter not in letters for letter in alternative) or len(set(alternative)) != len(alternative):
-            problem, allowed = (
-                f"{shown(answer)} is not among the {len(choices)} choices",
-                f"different letters of {letters[0]} to {letters[-1]}",
-            )
-            faults.append(Fault(where, "answer", problem, allowed))
+        allowed = f"different letters of {letters[0]} to {letters[-1]}"
+        if any(len(letter) != 1 or letter not in letters for letter in alternative):
+            faults.append(Fault(where, "answer", f"{shown(answer)} is not among the {len(choices)} choices", allowed))
+            return []
+        if twice := [letter for letter in dict.fromkeys(alternative) if alternative.count(letter) > 1]:
+            faults.append(Fault(where, "answer", f"{shown(answer)} has {twice[0]} twice", allowed))
             return []
         gold.append(tuple(sorted(letters.index(letter) for letter in alternative)))
     return gold
+
+
+def _odd_choices(choices: list[str]) -> Iterator[str]:
+    """What is allowed in choices, and seldom meant: the same text twice, a blank one before others."""
+    last = max((i for i, choice in enumerate(choices) if choice), default=-1)
+    if blank := [LETTERS[i] for i, choice in enumerate(choices[: last + 1]) if not choice]:
+        yield f"{', '.join(blank)} {'is' if len(blank) == 1 else 'are'} blank"
+    first: dict[str, int] = {}
+    for i, choice in enumerate(choices):
+        if choice and first.setdefault(choice, i) != i:
+            yield f"{LETTERS[i]} is the same as {LETTERS[first[choice]]}"
 
 
 def _mended(answer: list[str], gold: list[tuple[int, ...]]) -> str:

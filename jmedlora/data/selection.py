@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -21,31 +22,59 @@ def select(
     """The questions that pass the filters, in the source's order.
 
     Questions whose ids are `apart` serve as examples; they are taken out before anything is counted off. What a filter names
-    that the source does not have, and a sample larger than what is left, are faults of `where`.
+    that the source does not have, the filter that leaves nothing, and a sample larger than what is left, are faults of `where`.
     """
-    _check_names(questions, filters, where, faults)
-    items = None if filters.items is None else set(filters.items)
-    exclude = apart | set(filters.exclude)
-    kept = [
-        question
-        for question in questions
-        if (filters.years is None or question.year in filters.years)
-        and (filters.sections is None or question.facts.section in filters.sections)
-        and (filters.categories is None or question.facts.category in filters.categories)
-        and (filters.text_only is None or question.text_only == filters.text_only)
-        and (filters.choices is None or len(question.choices) == filters.choices)
-        and (filters.answers is None or len(question.gold) == filters.answers)
-        and (items is None or question.problem_id in items)
-        and question.problem_id not in exclude
-    ]
+    found: list[Fault] = []
+    _check_names(questions, filters, where, found)
+    kept = questions
+    for key, value_of in _LOOKED_AT.items():
+        wanted = getattr(filters, key)
+        if wanted is None:
+            continue
+        values = set(wanted) if isinstance(wanted, list) else {wanted}
+        before, kept = kept, [question for question in kept if value_of(question) in values]
+        if before and not kept and not found:
+            found.append(_emptied(where, key, wanted, before))
+    for key, ids in (("filters.exclude", frozenset(filters.exclude)), ("fewshot_items", apart)):
+        before, kept = kept, [question for question in kept if question.problem_id not in ids]
+        if before and not kept and not found:
+            found.append(Fault(where, key, f"leaves none of {len(before)} questions", "fewer ids"))
     if filters.first is not None:
         kept = kept[: filters.first]
     if filters.sample is not None:
         n, seed = filters.sample.n, filters.sample.seed
-        if n > len(kept):
-            faults.append(Fault(where, "filters.sample.n", f"{n} of {len(kept)} questions", f"at most {len(kept)}"))
+        if n > len(kept) and not found:
+            found.append(Fault(where, "filters.sample.n", f"{n} of {len(kept)} questions", f"at most {len(kept)}"))
         kept = _sample(kept, n, seed)
+    faults += found
     return kept
+
+
+_LOOKED_AT: dict[str, Callable[[Question], Any]] = {
+    "years": lambda question: question.year,
+    "sections": lambda question: question.facts.section,
+    "categories": lambda question: question.facts.category,
+    "text_only": lambda question: question.text_only,
+    "choices": lambda question: len(question.choices),
+    "answers": lambda question: len(question.gold),
+    "items": lambda question: question.problem_id,
+}
+"""What a filter looks at in a question, in the order in which filters are applied."""
+_MOST_VALUES = 12
+
+
+def _emptied(where: str, key: str, wanted: Any, questions: list[Question]) -> Fault:
+    """The filter that keeps none of these questions, with what they have."""
+    here = sorted({value for question in questions if (value := _LOOKED_AT[key](question)) not in (None, "")})
+    told = ("one of " if len(here) > 1 else "") + ", ".join(map(_written, here))
+    if not 0 < len(here) <= _MOST_VALUES:
+        told = "what keeps at least one"
+    return Fault(where, f"filters.{key}", f"{_written(wanted):.60} keeps none of {len(questions)} questions", told)
+
+
+def _written(value: Any) -> str:
+    """As in a configuration: `true`, `[2018, 2019]`, `A`."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def shuffle_choices(question: Question, seed: int) -> Question:

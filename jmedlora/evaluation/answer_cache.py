@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from jmedlora.config.clock import now
 from jmedlora.config.digest import digest
+from jmedlora.config.faults import BadInput, Fault, first_line
 from jmedlora.data.atomic import write_json
 
 
@@ -47,6 +49,17 @@ class AnswerCache:
 
     def __init__(self, folder: Path):
         self.folder = folder
+
+    def check(self) -> None:
+        """Raises BadInput where answers, which may cost money, could not be kept."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            problem = "" if os.access(self.folder, os.W_OK | os.X_OK) else "cannot be written"
+        except OSError as error:
+            problem = f"cannot be made: {error.strerror or first_line(error)}"
+        if problem:
+            allowed = "a folder that you may write to: answers are kept there"
+            raise BadInput([Fault("environment", "JMEDLORA_CACHE", f"{self.folder} {problem}", allowed)])
 
     def get(self, request: Request) -> Answer | None:
         """The kept answer, or None; a damaged file counts as none and is replaced by the next `put`."""

@@ -69,10 +69,12 @@ class ApiEvaluator:
 
         `on_progress(done, total)` is called with numbers of questions. Tokens that the server did not tell are missing from the
         sums and counted in `answers_without_tokens`; `cost` is that of all answers, `cost_now` that of those asked for by this call.
-        Raises BadInput when key, prompt, scoring or benchmark do not fit, EndpointFailed when a question cannot be answered.
+        Raises BadInput when key, prompt, scoring or benchmark do not fit or answers cannot be kept, EndpointFailed when a question
+        cannot be answered.
         """
         started = time.perf_counter()
         self._check(evaluation)
+        self._cache.check()
         questions, examples = asked_rows(evaluation, load_benchmark(evaluation.benchmark, self._sources))
         render = render_messages if self._source.endpoint == "chat" else render_prompt
         prompts = [render(evaluation.prompt, question.as_instruction(), examples) for question in questions]

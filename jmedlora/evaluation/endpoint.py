@@ -27,6 +27,8 @@ Prompt = list[dict[str, str]] | str
 """Messages for the endpoint `chat`, plain text for `completions`."""
 
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.5, 60.0
+_FIRST_CONTACT = 3
+"""Attempts to reach an address that has not answered anything yet."""
 _LONGEST_QUOTE = 200
 """Characters of a server's message that are told."""
 _NO_KEY = "none"
@@ -168,6 +170,8 @@ class _Conversation:
     source: ApiSource
     client: AsyncOpenAI
     lanes: _Lanes
+    heard: bool = False
+    """Whether the server has ever said anything."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
     cause: str | None = None
 
@@ -213,9 +217,13 @@ async def _ask(conversation: _Conversation, request: Request) -> Answer | None:
             outcome = await _attempt(conversation, request)
         conversation.lanes.learn(overwhelmed=isinstance(outcome, Trouble) and outcome.overwhelmed)
         if isinstance(outcome, Answer):
+            conversation.heard = True
             return outcome
-        if not outcome.again or attempt + 1 == attempts:
-            tried = f" at the last of {attempts} attempts" if outcome.again else ""
+        conversation.heard = conversation.heard or not outcome.unreachable
+        # an address that has never said a word is more likely mistyped than busy
+        most = attempts if conversation.heard else min(attempts, _FIRST_CONTACT)
+        if not outcome.again or attempt + 1 >= most:
+            tried = f" at the last of {attempt + 1} attempts" if outcome.again else ""
             conversation.end(replace(outcome, told=outcome.told + tried))
             return None
         # Random, so that requests refused together do not come back together.
@@ -239,5 +247,5 @@ async def _attempt(conversation: _Conversation, request: Request) -> Answer | Tr
     except APIStatusError as error:
         return read_refusal(source, error.status_code, error.response.headers, error.body, _has_key(source))
     except APIConnectionError as error:
-        return Trouble("no connection", True, str(error.__cause__ or error))
+        return Trouble("no connection", True, str(error.__cause__ or error), unreachable=True)
     return read_answer(reply.text)

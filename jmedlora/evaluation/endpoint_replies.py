@@ -30,6 +30,8 @@ class Trouble:
     """What the user can do."""
     wait_s: float = 0.0
     """How long the server asks to wait."""
+    unreachable: bool = False
+    """Whether nobody was there."""
     overwhelmed: bool = False
     """Whether the server seems to be asked for more at once than it can do."""
 

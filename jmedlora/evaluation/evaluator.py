@@ -160,11 +160,17 @@ class Evaluator:
         """Wrap the base's layers and fill them from the file; unlike PeftModel.from_pretrained, raise for weights without a match."""
         config = LoraConfig.from_pretrained(folder)
         config.inference_mode = True
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT and transformers among themselves
-            # Created empty: no random numbers are drawn for what is overwritten.
-            self._adapted = PeftModelForCausalLM(self._base, config, low_cpu_mem_usage=True).eval()
-        loaded = set_peft_model_state_dict(self._adapted, load_peft_weights(folder, device=str(self.device)), low_cpu_mem_usage=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # PEFT and transformers among themselves
+                # Created empty: no random numbers are drawn for what is overwritten.
+                self._adapted = PeftModelForCausalLM(self._base, config, low_cpu_mem_usage=True).eval()
+            weights = load_peft_weights(folder, device=str(self.device))
+            loaded = set_peft_model_state_dict(self._adapted, weights, low_cpu_mem_usage=True)
+        except torch.OutOfMemoryError:  # which is a RuntimeError too
+            raise
+        except (RuntimeError, ValueError) as error:  # other shapes, or layers that the base does not have
+            raise AdapterDoesNotFit(f"{folder}: {' '.join(str(error).split())}") from None
         unmatched = [*loaded.unexpected_keys, *(key for key in loaded.missing_keys if ".lora_" in key)]
         if unmatched:
             raise AdapterDoesNotFit(f"{folder}: {len(unmatched)} weights without a match in the base model, {unmatched[0]} among them")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -10,10 +9,9 @@ from math import fsum
 from typing import Any, Literal
 
 from jmedlora.config.benchmark import ExamRules
+from jmedlora.data.questions import NUMBERED
 from jmedlora.data.rows import Question
 from jmedlora.evaluation.letters import exact_value
-
-_NUMBERED = re.compile(r"(\d{3})([A-Z])\d+")
 
 
 @dataclass(frozen=True)
@@ -166,13 +164,13 @@ def is_right(question: Question, chosen: Mapping[str, Sequence[int]], values: Ma
 
 def section_of(question: Question) -> str:
     """Exam number and section, such as 112A, where the id tells; else the section alone, or an empty text."""
-    found = _NUMBERED.fullmatch(question.problem_id)
+    found = NUMBERED.fullmatch(question.problem_id)
     return found.group(1) + found.group(2) if found else question.facts.section
 
 
 def section_letter(question: Question) -> str:
     """Letter of the exam's section, or an empty text."""
-    found = _NUMBERED.fullmatch(question.problem_id)
+    found = NUMBERED.fullmatch(question.problem_id)
     return question.facts.section or (found.group(2) if found else "")
 
 

@@ -118,11 +118,12 @@ def _named_groups(text: str, allowed: str, expected: int) -> list[_Group]:
     """The groups of letters that name choices, in their order."""
     found = []
     last = max(allowed[-1], _LAST_FOREIGN)
+    bare = len(_DECORATION.sub("", text))
     for match in _group_pattern(last).finditer(text):
         group = match.group()
         is_written_together = re.search(rf"[a-{last}]{{2}}", group) is not None
         letters = tuple(re.findall(rf"(?<![a-z])[a-{last}](?![a-z])", group)) or tuple(_DECORATION.sub("", group))
-        if not set(letters) <= set(allowed) or (is_written_together and not _is_list(letters, text, expected)):
+        if not set(letters) <= set(allowed) or (is_written_together and not _is_list(letters, bare, expected)):
             continue
         left, right = text[max(0, match.start() - _CONTEXT) : match.start()], text[match.end() : match.end() + _CONTEXT]
         is_bracketed = group[-1] != letters[-1]
@@ -134,11 +135,11 @@ def _named_groups(text: str, allowed: str, expected: int) -> list[_Group]:
     return found
 
 
-def _is_list(letters: tuple[str, ...], text: str, expected: int) -> bool:
-    """Whether letters written together are a list of choices and no word."""
+def _is_list(letters: tuple[str, ...], bare: int, expected: int) -> bool:
+    """Whether letters written together are a list of choices and no word; `bare`: characters of the text without decoration."""
     if len(set(letters)) != len(letters):
         return False
-    return len(letters) == expected or len(_DECORATION.sub("", text)) == len(letters)
+    return len(letters) == expected or bare == len(letters)
 
 
 def _introduces(left: str, right: str, is_bracketed: bool) -> bool:

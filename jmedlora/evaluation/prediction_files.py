@@ -1,4 +1,4 @@
-"""Files of predictions made elsewhere: lines {problem_id, prediction: "a,c"} of one system."""
+"""Files of predictions made elsewhere: lines {problem_id, prediction: "a,c"} (or ["a", "c"]) of one system."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from jmedlora.config.faults import BadInput, Fault
-from jmedlora.data.files import add_fault, read_rows, shown
+from jmedlora.data.files import Columns, add_fault, read_rows, shown
 from jmedlora.data.rows import LETTERS, Question, is_unicode
 from jmedlora.evaluation.letters import exact_value, parse_letters, parse_value
+
+_COLUMNS = Columns((("problem_id",), ("prediction",)), "the columns problem_id, prediction")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def read_prediction_files(paths: Sequence[Path]) -> Predictions:
     faults: list[Fault] = []
     for path in paths:
         start, rows = len(faults), 0
-        for where, row in read_rows(path, faults):
+        for where, row in read_rows(path, faults, _COLUMNS):
             rows += 1
             found = _faults_of(where, row)
             if found:
@@ -53,7 +55,7 @@ def read_prediction_files(paths: Sequence[Path]) -> Predictions:
             problem_id = row["problem_id"]
             if problem_id in texts:
                 duplicate[problem_id] = None
-            texts.setdefault(problem_id, row["prediction"])
+            texts.setdefault(problem_id, _as_text(row["prediction"]))
         if not rows and len(faults) == start:
             faults.append(Fault(str(path), "", "no predictions", 'lines such as {"problem_id": "112A1", "prediction": "a,c"}'))
     if faults:
@@ -63,8 +65,11 @@ def read_prediction_files(paths: Sequence[Path]) -> Predictions:
 
 def _faults_of(where: str, row: Mapping[str, Any]) -> list[Fault]:
     faults = []
-    for key, allowed in (("problem_id", "a text that is not empty"), ("prediction", "a text such as a or a,c (empty for no answer)")):
+    told = 'a text such as a or a,c (empty for no answer), or a list of letters such as ["a"]'
+    for key, allowed in (("problem_id", "a text that is not empty"), ("prediction", told)):
         value = row.get(key)
+        if key == "prediction" and isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            value = _as_text(value)
         if key not in row:
             faults.append(Fault(where, key, "missing", allowed))
         elif not isinstance(value, str) or (key == "problem_id" and not value.strip()):
@@ -72,6 +77,11 @@ def _faults_of(where: str, row: Mapping[str, Any]) -> list[Fault]:
         elif not is_unicode(value):
             faults.append(Fault(where, key, f"{shown(value)} is not valid Unicode text"))
     return faults
+
+
+def _as_text(prediction: str | list[str]) -> str:
+    """A list's letters as they would stand in one text."""
+    return prediction if isinstance(prediction, str) else ",".join(entry.strip() for entry in prediction)
 
 
 def read_answers(predictions: Predictions, questions: Sequence[Question], parse: bool = False) -> Answers:

@@ -7,8 +7,9 @@ comparing all pairs of 40 systems costs as much drawing as one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.special import ndtr, ndtri
@@ -17,6 +18,7 @@ RESAMPLES = 10_000
 SUBSET = 50
 """Questions of the samples whose verdict is set against that of all questions."""
 _CHUNK = 2_000_000  # random numbers held at once: 16 MB
+_KEPT = 30_000_000  # weights of a byte each that are kept for the next call; more are drawn anew
 TIE = 1e-9  # sums that differ by less are the same sum, added up in another order
 _DIGITS = 9  # of what is handed out: the order of additions, which differs between machines, stays below them
 
@@ -60,42 +62,56 @@ def question_means(values: np.ndarray) -> np.ndarray:
 
 def bootstrap_sums(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
     """Sums over as many questions as there are, drawn with replacement."""
-
-    def draw(random: np.random.Generator, rows: int, questions: int) -> np.ndarray:
-        drawn = random.integers(questions, size=(rows, questions), dtype=np.int64)
-        drawn += np.arange(rows)[:, None] * questions
-        return np.bincount(drawn.ravel(), minlength=rows * questions).reshape(rows, questions)
-
-    return _weighted_sums(values, seed, resamples, draw)
+    return _weighted_sums(values, seed, resamples, _with_replacement)
 
 
 def subset_sums(values: np.ndarray, seed: int) -> np.ndarray:
     """Sums over SUBSET questions drawn without replacement; more questions than that are needed."""
-
-    def draw(random: np.random.Generator, rows: int, questions: int) -> np.ndarray:
-        weights = np.zeros((rows, questions))
-        for row in weights:
-            row[random.choice(questions, SUBSET, replace=False, shuffle=False)] = 1
-        return weights
-
-    return _weighted_sums(values, seed, RESAMPLES, draw)
+    return _weighted_sums(values, seed, RESAMPLES, _subsets)
 
 
 def signed_sums(values: np.ndarray, seed: int) -> np.ndarray:
     """Sums in which each question has a random sign."""
-
-    def draw(random: np.random.Generator, rows: int, questions: int) -> np.ndarray:
-        return random.integers(2, size=(rows, questions), dtype=np.int8) * 2 - 1
-
-    return _weighted_sums(values, seed, RESAMPLES, draw)
+    return _weighted_sums(values, seed, RESAMPLES, _signs)
 
 
-def _weighted_sums(
-    values: np.ndarray, seed: int, resamples: int, draw: Callable[[np.random.Generator, int, int], np.ndarray]
-) -> np.ndarray:
+_Draw = Callable[[np.random.Generator, int, int], np.ndarray]
+"""Weights of questions in a byte each, (rows, questions), from a generator, rows and questions."""
+
+
+def _with_replacement(random: np.random.Generator, rows: int, questions: int) -> np.ndarray:
+    drawn = random.integers(questions, size=(rows, questions), dtype=np.int64)
+    drawn += np.arange(rows)[:, None] * questions
+    # a question is drawn once on average: 255 times is beyond all chance
+    return np.bincount(drawn.ravel(), minlength=rows * questions).reshape(rows, questions).astype(np.uint8)
+
+
+def _subsets(random: np.random.Generator, rows: int, questions: int) -> np.ndarray:
+    weights = np.zeros((rows, questions), dtype=np.uint8)
+    for row in weights:
+        row[random.choice(questions, SUBSET, replace=False, shuffle=False)] = 1
+    return weights
+
+
+def _signs(random: np.random.Generator, rows: int, questions: int) -> np.ndarray:
+    return random.integers(2, size=(rows, questions), dtype=np.int8) * 2 - 1
+
+
+def _weighted_sums(values: np.ndarray, seed: int, resamples: int, draw: _Draw) -> np.ndarray:
+    drawn = _kept_weights if resamples * len(values) <= _KEPT else _weights
+    return np.concatenate([weights.astype(np.float64) @ values for weights in drawn(draw, seed, resamples, len(values))])
+
+
+def _weights(draw: _Draw, seed: int, resamples: int, questions: int) -> Iterator[np.ndarray]:
     random = np.random.Generator(np.random.PCG64(seed))
-    parts = [draw(random, rows, len(values)).astype(np.float64) @ values for rows in _chunks(resamples, len(values))]
-    return np.concatenate(parts)
+    for rows in _chunks(resamples, questions):
+        yield draw(random, rows, questions)
+
+
+@lru_cache(maxsize=3)
+def _kept_weights(draw: _Draw, seed: int, resamples: int, questions: int) -> Iterable[np.ndarray]:
+    """The three kinds of weights for one number of questions: what all comparisons of an evaluation ask for."""
+    return tuple(_weights(draw, seed, resamples, questions))
 
 
 def _chunks(resamples: int, questions: int) -> Iterator[int]:

@@ -16,7 +16,7 @@ from jmedlora.data.benchmarks import Benchmark
 from jmedlora.data.rows import LETTERS, Instruction, Question, QuestionFacts
 from jmedlora.evaluation.exam import mark_exam
 from jmedlora.evaluation.metrics import ResponseScore, gestalt_distance, score_responses, summarise
-from jmedlora.evaluation.statistics import bootstrap_interval
+from jmedlora.evaluation.resampling import bootstrap_sums, intervals
 from jmedlora.plan.layout import METRICS, PREDICTIONS, Storage
 from jmedlora.plan.specs import EvaluationSpec
 
@@ -117,14 +117,9 @@ def score_likelihoods(likelihoods: Likelihoods, question: Question, settings: Me
 
 def measure(evaluation: EvaluationSpec, questions: Sequence[Question], answers: Answers, scores: Sequence[ResponseScore]) -> dict[str, Any]:
     """The part of metrics.json that follows from the answers alone: scores with 95 % intervals, the exam's own marks, settings."""
-    values = {
-        "accuracy": np.array([score.correct for score in scores], dtype=float),
-        "exact_match": np.array([score.exact_match for score in scores], dtype=float),
-        "gestalt_score": np.array([score.gestalt_score for score in scores]),
-    }
+    values = np.array([(score.correct, score.exact_match, score.gestalt_score) for score in scores], dtype=np.float64)
     measured: dict[str, Any] = {**summarise(scores)}
-    for name in SCORES:
-        interval = bootstrap_interval(values[name])
+    for name, interval in zip(SCORES, intervals(values, bootstrap_sums(values, seed=0)), strict=True):
         measured |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
     if evaluation.scoring == "loglikelihood":
         measured["accuracy_by_normalisation"] = {
@@ -134,7 +129,24 @@ def measure(evaluation: EvaluationSpec, questions: Sequence[Question], answers: 
     if evaluation.benchmark.exam is not None:
         chosen = {question.problem_id: score.chosen for question, score in zip(questions, scores)}
         measured["exam"] = mark_exam(questions, chosen, evaluation.benchmark.exam).as_dict()
-    return measured | {"metric_settings": evaluation.metrics.model_dump(mode="json")}
+    return measured | _unlike_any(evaluation, questions, scores) | made_with(evaluation)
+
+
+def _unlike_any(evaluation: EvaluationSpec, questions: Sequence[Question], scores: Sequence[ResponseScore]) -> dict[str, int]:
+    """How many generated answers were empty, and how many share nothing with any choice, so that the rule for ties chose for them."""
+    if evaluation.scoring != "generate":
+        return {}
+    if evaluation.prompt.answer == "letters":
+        unlike = sum(not score.chosen for score in scores)
+    else:
+        unlike = sum(not set(score.response) & set("".join(question.choices)) for question, score in zip(questions, scores))
+    return {"empty_answers": sum(not score.response for score in scores), "no_resemblance": unlike}
+
+
+def made_with(evaluation: EvaluationSpec) -> dict[str, Any]:
+    """What scores follow from beside the answers: kept with them, so that it can be told when they are out of date."""
+    exam = evaluation.benchmark.exam
+    return {"metric_settings": evaluation.metrics.model_dump(mode="json"), "exam_rules": exam.model_dump(mode="json") if exam else None}
 
 
 def question_of(row: dict[str, Any]) -> Question:
@@ -191,7 +203,7 @@ def prediction(question: Question, text: str, likelihoods: Likelihoods | None, s
         row["accepted"] = [[LETTERS[i] for i in gold] for gold in (question.gold, *question.alternatives)]
     if question.year is not None:
         row["year"] = question.year
-    if question.facts != QuestionFacts():  # what the exam's rules and the breakdowns of a report ask for
+    if question.facts != QuestionFacts() or not question.text_only:  # what the exam's rules and the breakdowns of a report ask for
         facts = {key: getattr(question.facts, key) for key in _FACTS}
         row |= {"text_only": question.text_only, "facts": facts | {"prohibited": [LETTERS[i] for i in question.facts.prohibited]}}
     if likelihoods is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from jmedlora.config.faults import BadInput, Fault, first_line
 from jmedlora.config.sweep import SweepConfig
 from jmedlora.data.fetch import fetch_benchmark
-from jmedlora.models.source import materialise
 from jmedlora.plan.planner import make_plan
 from jmedlora.plan.specs import Plan
 from jmedlora.plan.weights import locate_weights
@@ -32,6 +31,8 @@ def fetch_missing(config: SweepConfig, plan: Plan) -> Plan:
     for part in benchmarks:
         fetch_benchmark(part, config.sources_path, config.offline)
     for model in models:
+        from jmedlora.models.source import materialise  # with torch, which refusals need not wait for
+
         try:
             materialise(model, config.sources_path, config.offline)
         except Exception as error:

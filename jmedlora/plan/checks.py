@@ -9,13 +9,15 @@ from urllib.parse import urlsplit
 
 from jmedlora.config.benchmark import PromptConfig
 from jmedlora.config.faults import BadInput, Fault
-from jmedlora.config.locate import is_loopback, is_remote
+from jmedlora.config.locate import cache_dir, is_loopback, is_remote
 from jmedlora.config.parts import ApiSource, Architecture, ModelConfig
 from jmedlora.config.run import RunSettings
 from jmedlora.config.sweep import SweepConfig
 from jmedlora.data.prompts import answer_of, render_messages, render_prompt
 from jmedlora.data.rows import Instruction, is_unicode
+from jmedlora.plan.layout import Storage
 from jmedlora.plan.shapes import linear_layers
+from jmedlora.plan.specs import Plan
 
 MAX_NAME_BYTES = 255
 """Longest name of a file or folder on the usual file systems."""
@@ -24,13 +26,16 @@ MAX_STEPS = 10**12
 
 
 def check_storage(config: SweepConfig, faults: list[Fault]) -> None:
-    """Storage must be a local folder for now, and one can be made there."""
+    """Storage must be a local folder for now, and one can be made there, as well as the cache's."""
     if is_remote(config.storage):
         faults.append(
             Fault(config.file, "storage", f"{config.storage} is not a local folder", "a path on this machine or on a shared file system")
         )
     elif problem := _storage_problem(config.storage_path):
         faults.append(Fault(config.file, "storage", f"{str(config.storage_path)!r:.80} {problem}", "a folder that you may write to"))
+    if problem := _storage_problem(cache_dir()):
+        told = f"{str(cache_dir())!r:.80} {problem}"
+        faults.append(Fault("environment variable JMEDLORA_CACHE", "", told, "a folder that you may write to"))
 
 
 def _storage_problem(path: Path) -> str:
@@ -90,9 +95,8 @@ def check_reference(model: ModelConfig, config: SweepConfig, faults: list[Fault]
     try:
         url = urlsplit(model.source.base_url)
     except ValueError as error:
-        faults.append(
-            Fault(where, "source.base_url", f"{model.source.base_url!r:.80}: {error}", "an address such as http://127.0.0.1:8000/v1")
-        )
+        # not shown: it may hold a password
+        faults.append(Fault(where, "source.base_url", f"no address: {error}", "an address such as http://127.0.0.1:8000/v1"))
         return
     if "generate" not in config.evaluate.scoring:
         told = f"{model.name} is behind an address, which gives answers and not the choices' likelihoods"
@@ -112,18 +116,53 @@ def check_reference(model: ModelConfig, config: SweepConfig, faults: list[Fault]
             faults.append(Fault(where, "source.endpoint", told, "chat, or a prompt without chat"))
 
 
+def check_keys(plan: Plan, storage: Storage) -> None:
+    """Models behind an address are asked with a key, which has to be there before anything starts; raises BadInput where it is not.
+
+    What is evaluated already needs none, nor does a server on this machine.
+    """
+    faults = []
+    for base in plan.bases:
+        source = base.model.source
+        if not isinstance(source, ApiSource) or is_loopback(source.base_url) or os.environ.get(source.key_env, "").strip():
+            continue
+        if not all(storage.run(base.run_key).is_evaluated(item.folder, 0) for item in plan.asked_of(base)):
+            told = f"not set, and {base.model.name} is asked with the key that it holds"
+            faults.append(
+                Fault(f"environment variable {source.key_env}", "", told, "the key, on the machine that asks (a cluster's head node)")
+            )
+    if faults:
+        raise BadInput(faults)
+
+
 def check_chat(model: ModelConfig, folder: Path | None, config: SweepConfig, faults: list[Fault]) -> None:
-    """A chat prompt needs a model with a chat template, as far as its folder is known."""
+    """A chat prompt needs a model with a chat template, as far as its folder is known; random models have none."""
     chats = [prompt.name for prompt in config.prompts.values() if prompt.chat]
-    if not chats or folder is None or (folder / "chat_template.jinja").is_file():
-        return
-    try:
-        has_template = '"chat_template"' in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        has_template = False
-    if not has_template:
+    if chats and (model.source.kind == "random" or (folder is not None and not _has_chat_template(folder))):
         told = f"{model.name} has no chat template, which prompt {chats[0]} needs"
         faults.append(Fault(config.file, "prompts", told, "prompts without chat, or a model with a chat template"))
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    try:
+        return '"chat_template"' in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+
+
+def check_room(model: ModelConfig, shape: Architecture | None, config: SweepConfig, faults: list[Fault]) -> None:
+    """Answers must leave room for a prompt in the model's positions, as far as its shape is known."""
+    if shape is None:
+        return
+    bounds = [(config.file, "evaluate.max_new_tokens", config.evaluate.max_new_tokens)]
+    for prompt in (config.prompts[name] for name in config.evaluation_prompts):
+        bounds += [(f"prompt {prompt.name}", "max_new_tokens", prompt.max_new_tokens)] if prompt.max_new_tokens else []
+    for where, key, bound in bounds:
+        if bound >= shape.max_positions:
+            told = f"{bound} leaves no room for a prompt in the {shape.max_positions} positions of {model.name}"
+            faults.append(Fault(where, key, told, f"less than {shape.max_positions}"))
 
 
 def check_run(run: RunSettings, config: SweepConfig, shape: Architecture | None, rows: int | None, faults: list[Fault]) -> None:
@@ -179,9 +218,6 @@ def _check_shape(run: RunSettings, config: SweepConfig, shape: Architecture, fau
         faults.append(Fault(where, "grid.rank", f"{run.rank} is greater than the layers of {run.model} are wide", f"at most {widest}"))
     elif not 0 < run.alpha_value < math.inf:
         faults.append(Fault(where, "training.alpha", f"{run.alpha!r:.60} is not allowed", "a number greater than 0, or such as 2r"))
-    if config.evaluate.max_new_tokens >= shape.max_positions:
-        told = f"{config.evaluate.max_new_tokens} leaves no room for a prompt in the {shape.max_positions} positions of {run.model}"
-        faults.append(Fault(where, "evaluate.max_new_tokens", told, f"less than {shape.max_positions}"))
     if run.max_input_tokens + run.max_target_tokens > shape.max_positions:
         faults.append(
             Fault(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 from jmedlora.config.benchmark import BenchmarkConfig, PromptConfig
 from jmedlora.config.faults import BadInput, Fault
@@ -10,6 +11,7 @@ from jmedlora.config.sweep import SweepConfig
 from jmedlora.data.benchmarks import Benchmark, load_benchmark
 from jmedlora.data.files import NotHereYet
 from jmedlora.data.prompts import render_prompt
+from jmedlora.plan.checks import MAX_NAME_BYTES
 from jmedlora.plan.identity import evaluation_key
 from jmedlora.plan.specs import EvaluationSpec
 
@@ -36,7 +38,26 @@ def plan_evaluations(config: SweepConfig, faults: list[Fault], missing: list[str
             _check_benchmark(benchmark, config, faults)
         if len(faults) == before:
             specs += _specs(part, benchmark, config)
+    _check_names(specs, config, faults)
     return specs
+
+
+def _check_names(specs: list[EvaluationSpec], config: SweepConfig, faults: list[Fault]) -> None:
+    """Each evaluation goes by one name, and a folder can have it."""
+    by_key: dict[str, EvaluationSpec] = {}
+    for spec in specs:
+        if len(os.fsencode(spec.folder)) > MAX_NAME_BYTES:
+            told = f"{spec.benchmark.name} and {spec.prompt.name} make the name of a folder of more than {MAX_NAME_BYTES} bytes"
+            faults.append(Fault(config.file, "benchmarks", told, "shorter names of benchmark and prompt"))
+        first = by_key.setdefault(spec.evaluation_key, spec)
+        if first is not spec:
+            key = "prompts" if first.benchmark.name == spec.benchmark.name else "benchmarks"
+            told = f"{_named(spec)} asks the very same as {_named(first)}"
+            faults.append(Fault(config.file, key, told, "each set of questions and each prompt under one name"))
+
+
+def _named(spec: EvaluationSpec) -> str:
+    return f"{spec.benchmark.name} with prompt {spec.prompt.name}"
 
 
 def _specs(part: BenchmarkConfig, benchmark: Benchmark | None, config: SweepConfig) -> list[EvaluationSpec]:
@@ -56,7 +77,7 @@ def _specs(part: BenchmarkConfig, benchmark: Benchmark | None, config: SweepConf
                 shots=shots,
                 prompt=prompt,
                 scoring=scoring,
-                metrics=evaluate.metric_settings,
+                metrics=evaluate.metrics,
                 max_new_tokens=new_tokens,
                 batch_size=evaluate.batch_size,
             )

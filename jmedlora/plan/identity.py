@@ -17,12 +17,15 @@ _NOT_IDENTITY = {"model", "method", "data", "prompt", "deepspeed", "micro_batch_
 _NOT_IN_SOURCE = {"key_env", "max_concurrency", "timeout_s", "max_retries", "max_tokens_field", "input_price", "output_price", "currency"}
 """How a model behind an address is asked, and what it costs."""
 _DURATION = ("epochs", "max_steps")
+_READ_WHOLE = (".json", ".jinja")
+"""Configuration, tokenizer and chat template, which decide what a prompt becomes."""
 
 
 def model_identity(model: ModelConfig, folder: Path | None = None) -> dict[str, Any]:
     """What names a base model's weights: its source with revision, and for random weights the shape; not its licence or notes.
 
-    A local folder counts by the contents of its JSON files and the names and sizes of its weight files, not by where it lies.
+    A local folder counts by the contents of its JSON files and chat template and by the names and sizes of its weight files,
+    not by where it lies.
     """
     source = model.source.model_dump(mode="json", exclude=_NOT_IN_SOURCE)
     if model.source.kind in ("path", "named") and folder is not None:
@@ -103,9 +106,9 @@ def _load_identity(precision: Precision, double_quantisation: bool) -> dict[str,
 
 
 def _folder_facts(folder: Path) -> list[list[Any]]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in (".json", ".safetensors", ".model"))
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in (*_READ_WHOLE, ".safetensors", ".model"))
     return [[file.relative_to(folder).as_posix(), file.stat().st_size, _text_digest(file)] for file in files]
 
 
 def _text_digest(file: Path) -> str | None:
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".json" else None
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix in _READ_WHOLE else None

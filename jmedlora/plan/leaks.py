@@ -16,7 +16,7 @@ from jmedlora.config.sweep import SweepConfig
 from jmedlora.data.atomic import write_json
 from jmedlora.data.benchmarks import Benchmark, load_benchmark
 from jmedlora.data.contamination import DEFAULT_LEAK_SETTINGS, Leak, LeakSettings, find_leaks
-from jmedlora.data.files import NotHereYet, locate_source, read_rows
+from jmedlora.data.files import NotHereYet, place_of, read_rows
 from jmedlora.data.instructions import InstructionSet, load_instructions
 from jmedlora.data.rows import Instruction
 
@@ -104,9 +104,8 @@ def leaks_of(
     """Leaks of the questions and of the few-shot examples; kept as `<cache>/leaks/<key>.json` under the digests of both sides."""
     key = key_of({"format": _FORMAT, "data": data.digest, "benchmark": benchmark.digest, "settings": settings.as_dict()})
     file = cache / "leaks" / f"{key}.json" if cache else None
-    if file and file.is_file():
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    else:
+    kept = _kept(file) if file else None
+    if kept is None:
         kept = {
             "questions": [leak.as_dict() for leak in find_leaks(data.rows, benchmark.questions, settings)],
             "examples": [leak.as_dict() for leak in find_leaks(data.rows, benchmark.examples, settings)],
@@ -114,6 +113,15 @@ def leaks_of(
         if file:
             write_json(file, kept)
     return _named(kept["questions"], benchmark.name), _named(kept["examples"], benchmark.name)
+
+
+def _kept(file: Path) -> dict[str, list[dict[str, Any]]] | None:
+    """A verdict made before; a damaged file counts as none."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return kept if isinstance(kept, dict) and kept.keys() == {"questions", "examples"} else None
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _named(kept: list[dict[str, Any]], benchmark: str) -> list[Leak]:
@@ -132,12 +140,11 @@ def _located(leaks: list[Leak], config: DataConfig, rows: Sequence[Instruction],
     """The leaks with `file:line` of their rows; rows made of exam questions have none."""
     if not leaks or config.format != "instructions":
         return leaks
-    named = sources / "data" / config.source.name if config.source else None
     wanted = {leak.row for leak in leaks}
     # filters keep the file's order; what does not stand where it is expected stays without a place
     places = {
         position: where
-        for position, (where, row) in enumerate(read_rows(locate_source(config.path, config.bundled, named), []))
+        for position, (where, row) in enumerate(read_rows(place_of(config, sources), []))
         if position in wanted and str(row["instruction"]).strip() == rows[position].instruction
     }
     return [replace(leak, where=places.get(leak.row, "")) for leak in leaks]

@@ -33,9 +33,9 @@ def read_metrics(storage: Storage, run_key: str, step: int, evaluation: Evaluati
     return _read_json(storage.run(run_key).evaluation(evaluation.folder, step) / METRICS, _SCORES)
 
 
-def read_predictions(storage: Storage, run_key: str, step: int, evaluation: EvaluationSpec) -> list[Record]:
-    """The lines of predictions.jsonl, one per question; empty where there are none yet."""
-    return _read_lines(storage.run(run_key).evaluation(evaluation.folder, step) / PREDICTIONS)
+def read_predictions(storage: Storage, run_key: str, step: int, evaluation: EvaluationSpec, keys: tuple[str, ...] = ()) -> list[Record]:
+    """The lines of predictions.jsonl, one per question, each with at least `keys`; empty where there are none yet."""
+    return _read_lines(storage.run(run_key).evaluation(evaluation.folder, step) / PREDICTIONS, keys)
 
 
 def steps_of(spec: RunSpec | BaseSpec) -> list[int]:

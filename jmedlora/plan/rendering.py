@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jmedlora.config.faults import Fault
+from jmedlora.config.locate import is_loopback
 from jmedlora.config.parts import ApiSource, Architecture
 from jmedlora.config.sweep import SweepConfig
 from jmedlora.plan.estimates import Totals, TrialEstimate, api_cost, estimate_totals, estimate_trial
@@ -109,7 +111,7 @@ def _print_runs(plan: Plan, config: SweepConfig, console: Console, trials: list[
 def _print_totals(plan: Plan, totals: Totals, trials: list[TrialEstimate], config: SweepConfig, console: Console) -> None:
     bases = ", ".join(f"{base.model.name} {base.precision}{_parameters(base)}" for base in plan.bases)
     counts = f"{_counted(totals.runs, 'run')} in {_counted(totals.trials, 'trial')} over {_counted(totals.bases, 'base')}"
-    console.print(f"\n{counts}: {bases}", highlight=False)
+    console.print(f"\n{counts}: {bases}", highlight=False, markup=False)
     answers = f"{_counted(totals.evaluations, 'evaluation')} ({_counted(totals.questions, 'answer')})"
     console.print(f"{answers}; checkpoints take {_size(totals.disk_bytes)} on disk", highlight=False)
     at_once = totals.concurrent_trials
@@ -123,17 +125,20 @@ def _print_totals(plan: Plan, totals: Totals, trials: list[TrialEstimate], confi
         if isinstance(source := base.model.source, ApiSource):
             cost = api_cost(source, base.model, plan.asked_of(base))
             money = "its prices are not given" if cost is None else f"about {cost:.2f} {source.currency}"
-            console.print(f"{base.model.name} is asked at {source.base_url}: {money}", highlight=False)
+            key = "" if is_loopback(source.base_url) or os.environ.get(source.key_env) else f"; {source.key_env} is not set here"
+            console.print(f"{base.model.name} is asked at {source.base_url}: {money}{key}", highlight=False, markup=False)
+            if len(plan.asked_of(base)) < len(plan.evaluations):
+                console.print(f"{base.model.name} is not asked for log-likelihoods, which no address gives", highlight=False, markup=False)
     assumed = sorted({name for method in config.methods.values() for name in method.assumed if name not in config.training})
     if assumed:
         console.print(f"assumed, not reported by the study: {', '.join(assumed)}", highlight=False)
     if not all(estimate.fits for estimate in trials):
         console.print(f"[red]red[/]: more than the {config.resources.gpu_memory_gb:g} GB of a GPU (resources.gpu_memory_gb)")
     for line in plan.missing:
-        console.print(f"[yellow]not here yet[/]: {line}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble(("not here yet", "yellow"), f": {line}"), soft_wrap=True)
     for line in plan.notes:
-        console.print(line, highlight=False, soft_wrap=True)
-    if plan.missing:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if any(spec.provisional for spec in plan.runs):
         console.print("run keys with a question mark may change once everything is here")
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from scipy.stats import norm
 
+from jmedlora.evaluation.statistics import ALPHA, POWER
 from jmedlora.plan.specs import EvaluationSpec, RunSpec
 from jmedlora.report.answers import AnswerBook
 from jmedlora.report.collect import Metric, Results
@@ -41,7 +42,6 @@ from jmedlora.report.evidence import (
     weigh,
 )
 
-POWER = 0.8
 _SYNTHETIC = ("synthetic", "made-up", "合成")
 
 
@@ -172,7 +172,7 @@ def _differing_methods(results: Results) -> list[str]:
 
 
 def _limits(results: Results, board: Board, evaluations: Sequence[EvaluationSpec]) -> list[Limit]:
-    factor = float(norm.ppf(0.975) + norm.ppf(POWER))
+    factor = float(norm.isf(ALPHA / 2) + norm.ppf(POWER))
     limits = []
     for evaluation in evaluations:
         pairs = against_base(results, board, [evaluation], results.tuned)

@@ -15,6 +15,8 @@ from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec
 Metric = Literal["accuracy", "exact_match", "gestalt_score"]
 METRICS: tuple[Metric, ...] = ("accuracy", "exact_match", "gestalt_score")
 Status = Literal["waiting", "running", "finished", "failed"]
+DoubtKind = Literal["no_resemblance", "empty_answers", "cut_answers"]
+DOUBT_KINDS: tuple[DoubtKind, ...] = ("no_resemblance", "empty_answers", "cut_answers")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Score:
     """When the evaluation ended, in seconds since the epoch."""
     intervals: dict[Metric, Interval] = field(default_factory=dict)
     """95 % intervals over the questions; empty where they are neither stored nor computed yet (`report.intervals`)."""
+    doubtful: dict[DoubtKind, int] = field(default_factory=dict)
+    """Answers that say little of what a system knows, by kind; without the kinds that were not counted."""
 
     def value(self, metric: Metric) -> float:
         return float(getattr(self, metric))
@@ -168,6 +172,7 @@ def _collect_run(plan: Plan, storage: Storage, spec: RunSpec | BaseSpec, name: s
             seconds=metrics["seconds"],
             time=metrics["time"],
             intervals=_intervals(metrics),
+            doubtful={kind: metrics[kind] for kind in DOUBT_KINDS if metrics.get(kind) is not None},
         )
         for step, evaluation, metrics in finished_metrics(plan, storage, spec)
     ]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from jmedlora.config.benchmark import ScoringWay
 from jmedlora.evaluation.resampling import Interval
 from jmedlora.plan.specs import EvaluationSpec
 from jmedlora.report.collect import METRICS, Metric, Results, RunResult, Score
+from jmedlora.report.doubts import Doubt, doubts_of
 from jmedlora.report.significance import Statistics
 
 METRIC_NAMES: dict[Metric, str] = {"accuracy": "accuracy", "exact_match": "exact match", "gestalt_score": "Gestalt score"}
+INTERVALS = "95 % interval over the questions (BCa bootstrap; Wilson's where every answer scores the same)"
+"""What the bounds beside a score are."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,13 @@ class Cell:
         """`**` for p below 0.01, `*` below 0.05, else nothing."""
         return "" if self.p_holm is None or self.p_holm >= 0.05 else "**" if self.p_holm < 0.01 else "*"
 
+    @property
+    def direction(self) -> Literal["up", "down", ""]:
+        """Of the change as it is written: nothing where it rounds to none."""
+        if self.change is None or float(f"{self.change:.3f}") == 0:
+            return ""
+        return "up" if self.change > 0 else "down"
+
 
 @dataclass(frozen=True)
 class Line:
@@ -38,6 +50,12 @@ class Line:
     result: RunResult
     step: int | None
     cells: dict[tuple[int, Metric], Cell | None]
+    doubts: dict[int, list[Doubt]]
+    """By shots: what to be warned of; beside the accuracy stand their signs."""
+
+    def signs(self, shots: int, metric: Metric) -> str:
+        """The signs of the warnings that belong beside a score."""
+        return "".join(doubt.sign for doubt in self.doubts[shots]) if metric == METRICS[0] else ""
 
     @property
     def progress(self) -> str:
@@ -100,7 +118,8 @@ def _compare(results: Results, statistics: Statistics | None, benchmark: str, pr
             (shots, metric): _cell(result.run_key, own.get(shots), before.get(shots), metric, peak, statistics)
             for (shots, metric), peak in best.items()
         }
-        lines.append(Line(result, max((score.step for score in own.values()), default=None), cells))
+        doubts = {item.shots: doubts_of(own[item.shots]) if item.shots in own else [] for item in evaluations}
+        lines.append(Line(result, max((score.step for score in own.values()), default=None), cells, doubts))
     return Comparison(benchmark, prompt, scoring, [item.shots for item in evaluations], lines)
 
 
@@ -123,6 +142,24 @@ def _cell(run_key: str, score: Score | None, base: Score | None, metric: Metric,
         p_holm=tested.p_holm if tested else None,
         is_best=value == best > 0,
     )
+
+
+def doubt_lines(comparisons: Sequence[Comparison], shown: int) -> list[str]:
+    """A line per sign and what it means, with the `shown` systems that have most of it; nothing where there is nothing to warn of."""
+    found: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for comparison in comparisons:
+        for line in comparison.lines:
+            for shots, doubts in line.doubts.items():
+                place = f"{comparison.title}, {shots}-shot" if len(comparisons) > 1 else f"{shots}-shot"
+                for doubt in doubts:
+                    told = f"{doubt.count} of {doubt.n} ({line.result.name}, {place})"
+                    found.setdefault((doubt.sign, doubt.meaning), []).append((doubt.count / doubt.n, told))
+    lines = []
+    for (sign, meaning), all_told in sorted(found.items()):
+        most = [told for _, told in sorted(all_told, key=lambda each: -each[0])]
+        rest = [f"{len(most) - shown} more in table.csv"] if len(most) > shown else []
+        lines.append(f"{sign} Many answers {meaning}: {'; '.join([*most[:shown], *rest])}.")
+    return lines
 
 
 def score_text(value: float) -> str:

@@ -9,13 +9,12 @@ from typing import Literal
 
 import numpy as np
 
-from jmedlora.evaluation.statistics import Comparison, compare_score_pairs, compare_share_pairs, holm
+from jmedlora.evaluation.statistics import ALPHA, Comparison, compare_score_pairs, compare_share_pairs, holm
 from jmedlora.plan.specs import EvaluationSpec
 from jmedlora.report.answers import AnswerBook
 from jmedlora.report.collect import Metric, RunResult
 from jmedlora.report.comparison import METRIC_NAMES
 
-ALPHA = 0.05
 DECIDING: tuple[Metric, ...] = ("accuracy", "gestalt_score")
 NO_GAIN_MARGIN = 0.02
 """A gain below this does not count as one where a claim says that there is none: two points."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
+from jmedlora.data.rows import LETTERS
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.records import Record, read_predictions
 from jmedlora.plan.specs import EvaluationSpec
@@ -106,5 +107,5 @@ def _pick_problems(problems: Sequence[str], answers: list[dict[str, Record]]) ->
 
 def _answered(problem_id: str, answers: list[Record]) -> Answered:
     first = answers[0]
-    choices = [(choice, "abcdefghij"[index] in first["gold"]) for index, choice in enumerate(first["choices"])]
+    choices = [(choice, LETTERS[index] in first["gold"]) for index, choice in enumerate(first["choices"])]
     return Answered(problem_id, first.get("question", ""), choices, answers)

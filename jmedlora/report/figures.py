@@ -12,22 +12,19 @@ from itertools import cycle
 from typing import Any
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from jmedlora.config.benchmark import ScoringWay
 from jmedlora.plan.naming import number
 from jmedlora.plan.specs import EvaluationSpec
+from jmedlora.report.axes import Label, place_labels, score_range
 from jmedlora.report.collect import METRICS, Metric, Results, RunResult, Score
 from jmedlora.report.comparison import METRIC_NAMES, evaluations_of, last_score
+from jmedlora.report.drawing import BASE_COLOUR, COLOURS, Styles, axes_grid, lay_out
 
-COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#06b6d4", "#ec4899", "#84cc16")
-BASE_COLOUR = "#8a94a6"
-SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 DRAWN_RUNS = 40
 """More lines than this cannot be told apart; the best runs are drawn then, and the caption says so."""
-_LABELLED_RUNS = 12  # more labels would lie on one another
+_LABELLED_RUNS = 12  # of more, most labels had to be left out
 _LOSS_POINTS = 300
-_ROW_HEIGHT = 330  # pixels
 _HOVER = "step %{x}: %{y:.3f}<extra>%{meta}</extra>"
 
 
@@ -79,13 +76,13 @@ def draw_losses(results: Results) -> list[PageFigure]:
     if not drawn:
         return []
     models = list(dict.fromkeys(result.model for result in drawn))
-    figure = _grid(models, [""], shared_yaxes="rows")
-    style = _Styles(results)
+    figure = axes_grid(models, [""], shared_yaxes="rows")
+    style = Styles(results)
     for result in drawn:
         steps, losses = _thinned(result.training.steps, result.training.losses)
         trace = go.Scatter(x=steps, y=losses, mode="lines", **style.line(result), hovertemplate=_HOVER)
         figure.add_trace(trace, row=models.index(result.model) + 1, col=1)
-    _lay_out(figure, len(models), "optimizer step", "training loss")
+    lay_out(figure, len(models), "optimizer step", "training loss")
     return [PageFigure("Training loss", f"Mean loss per answer token of each mini-batch.{told}", {"loss": figure})]
 
 
@@ -94,8 +91,9 @@ def draw_losses(results: Results) -> list[PageFigure]:
 
 def _scores_by_step(results: Results, drawn: list[RunResult], evaluations: list[EvaluationSpec], metric: Metric) -> go.Figure:
     models = list(dict.fromkeys(result.model for result in drawn))
-    figure = _grid(models, [f"{item.shots}-shot" for item in evaluations], shared_yaxes="rows")
-    style = _Styles(results)
+    figure = axes_grid(models, [f"{item.shots}-shot" for item in evaluations], shared_yaxes="rows")
+    style = Styles(results)
+    drawn_values: dict[str, list[float]] = {model: [] for model in models}
     for column, evaluation in enumerate(evaluations, start=1):
         for result in drawn:
             base = results.base_of(result)
@@ -103,17 +101,21 @@ def _scores_by_step(results: Results, drawn: list[RunResult], evaluations: list[
             steps, values = [score.step for score in scores], [_rounded(score.value(metric)) for score in scores]
             trace = go.Scatter(x=steps, y=values, mode="lines+markers", **style.line(result), hovertemplate=_HOVER)
             figure.add_trace(trace, row=models.index(result.model) + 1, col=column)
-    return _lay_out(figure, len(models), "optimizer step", METRIC_NAMES[metric])
+            drawn_values[result.model] += values
+    for row, values in enumerate(drawn_values.values(), start=1):
+        figure.update_yaxes(range=score_range(values), row=row)
+    return lay_out(figure, len(models), "optimizer step", METRIC_NAMES[metric])
 
 
 def _shots_against_shots(
     results: Results, drawn: list[RunResult], first: EvaluationSpec, second: EvaluationSpec, metric: Metric
 ) -> go.Figure:
     models = list(dict.fromkeys(result.model for result in drawn)) or results.models
-    figure = _grid(models, [""], shared_yaxes="rows")
-    style = _Styles(results)
+    figure = axes_grid(models, [""], shared_yaxes="rows")
+    style = Styles(results)
     hover = f"{first.shots}-shot %{{x:.3f}}, {second.shots}-shot %{{y:.3f}}<extra>%{{meta}}</extra>"
-    corners: dict[str, list[float]] = {model: [] for model in models}
+    corners: dict[str, list[tuple[float, float]]] = {model: [] for model in models}
+    labels: dict[str, list[Label]] = {model: [] for model in models}
     for result in [*(base for base in results.bases if base.model in models), *drawn]:
         point, base = _pair(result, first, second, metric), results.base_of(result)
         if point is None:
@@ -121,21 +123,24 @@ def _shots_against_shots(
         before = _pair(base, first, second, metric) if base else None
         path = [before, point] if before else [point]
         look = style.line(result)
-        if len(drawn) <= _LABELLED_RUNS:
-            look |= {"text": [*[""] * (len(path) - 1), result.name.removeprefix(f"{result.model} ")], "textposition": "top center"}
         look["line"] = look["line"] | {"width": 1.5, "dash": "dot"}
         look["marker"] = look["marker"] | {"size": [*[0] * (len(path) - 1), 12]}
         line = go.Scatter(
             x=[x for x, _ in path], y=[y for _, y in path], mode="lines+markers+text", cliponaxis=False, **look, hovertemplate=hover
         )
         figure.add_trace(line, row=models.index(result.model) + 1, col=1)
-        corners[result.model] += point
+        corners[result.model].append(point)
+        labels[result.model].append(Label(figure.data[-1], point, result.name.removeprefix(f"{result.model} ")))
     for row, model in enumerate(models, start=1):
-        low, high = min(corners[model], default=0.0), max(corners[model], default=1.0)
+        limits = score_range([value for point in corners[model] for value in point])
+        figure.update_xaxes(range=limits, row=row)
+        figure.update_yaxes(range=limits, row=row)
         diagonal = {"color": BASE_COLOUR, "width": 1, "dash": "dash"}
-        figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line=diagonal, row=row, col=1)
+        figure.add_shape(type="line", x0=limits[0], y0=limits[0], x1=limits[1], y1=limits[1], line=diagonal, row=row, col=1)
+        if len(drawn) <= _LABELLED_RUNS:
+            place_labels(labels[model], limits)
     name = METRIC_NAMES[metric]
-    return _lay_out(figure, len(models), f"{first.shots}-shot {name}", f"{second.shots}-shot {name}")
+    return lay_out(figure, len(models), f"{first.shots}-shot {name}", f"{second.shots}-shot {name}")
 
 
 def _pair(result: RunResult, first: EvaluationSpec, second: EvaluationSpec, metric: Metric) -> tuple[float, float] | None:
@@ -146,8 +151,9 @@ def _pair(result: RunResult, first: EvaluationSpec, second: EvaluationSpec, metr
 
 def _final_scores(results: Results, evaluations: list[EvaluationSpec], metric: Metric) -> go.Figure:
     models = list(dict.fromkeys(result.model for result in results.tuned)) or results.models
-    figure = _grid(models, [f"{item.shots}-shot" for item in evaluations], shared_yaxes="all")
+    figure = axes_grid(models, [f"{item.shots}-shot" for item in evaluations], shared_yaxes="all")
     epochs = sorted({result.epochs for result in results.tuned})
+    highest = [0.0]
     for column, evaluation in enumerate(evaluations, start=1):
         for row, model in enumerate(models, start=1):
             tuned = [result for result in results.tuned if result.model == model and result.scores_of(evaluation)]
@@ -169,6 +175,7 @@ def _final_scores(results: Results, evaluations: list[EvaluationSpec], metric: M
                     hovertemplate="%{y:.3f}, runs: %{customdata}<extra>%{fullData.name}</extra>",
                 )
                 figure.add_trace(bar, row=row, col=column)
+                highest += [_highest(group, evaluation, metric) for group in groups]
             bases = [
                 {base.run_key: base for r in tuned if (r.method, r.rank) == place and (base := results.base_of(r))} for place in places
             ]
@@ -183,39 +190,13 @@ def _final_scores(results: Results, evaluations: list[EvaluationSpec], metric: M
                 hovertemplate="%{y:.3f}<extra>base</extra>",
             )
             figure.add_trace(ticks, row=row, col=column)
+            highest += [value for value in ticks.y if value is not None]
     figure.update_layout(barmode="group", bargap=0.3)
-    return _lay_out(figure, len(models), "", METRIC_NAMES[metric])
+    figure.update_yaxes(range=(0, score_range(highest)[1]))
+    return lay_out(figure, len(models), "", METRIC_NAMES[metric])
 
 
 # ---------------------------------------------------------------- parts of figures
-
-
-class _Styles:
-    """One colour per method and rank, one marker per number of epochs; a legend entry for each colour."""
-
-    def __init__(self, results: Results):
-        groups = dict.fromkeys((result.method, result.rank) for result in results.tuned)
-        self._colours = {group: COLOURS[index % len(COLOURS)] for index, group in enumerate(groups)}
-        epochs = sorted({result.epochs for result in results.tuned})
-        self._symbols = {value: SYMBOLS[index % len(SYMBOLS)] for index, value in enumerate(epochs)}
-        self._references = {result.run_key for result in results.references}
-        self._told: set[str] = set()
-
-    def line(self, result: RunResult) -> dict[str, Any]:
-        """Keyword arguments of a Scatter trace."""
-        bare = "as it is" if result.run_key in self._references else "base"
-        name = bare if result.is_base else f"{result.method} rank {result.rank}"
-        first = name not in self._told
-        self._told.add(name)
-        colour = BASE_COLOUR if result.is_base else self._colours[result.method, result.rank]
-        return {
-            "name": name,
-            "meta": result.name,
-            "legendgroup": name,
-            "showlegend": first,
-            "line": {"color": colour, "width": 2, "dash": "dash" if result.method == "qlora" else "solid"},
-            "marker": {"color": colour, "size": 8, "symbol": "x" if result.is_base else self._symbols[result.epochs]},
-        }
 
 
 def _limited(results: Results, runs: list[RunResult]) -> tuple[list[RunResult], str]:
@@ -232,43 +213,6 @@ def _limited(results: Results, runs: list[RunResult]) -> tuple[list[RunResult], 
     return [
         result for result in runs if result.run_key in best
     ], f" The {DRAWN_RUNS} best of {len(runs)} runs are drawn; table.csv has all."
-
-
-def _grid(models: Sequence[str], columns: Sequence[str], shared_yaxes: str) -> go.Figure:
-    """A row of axes per model, a column per number of shots."""
-    several = len(models) > 1
-    titles = [", ".join(filter(None, [model if several else "", column])) for model in models for column in columns]
-    return make_subplots(
-        rows=len(models),
-        cols=len(columns),
-        subplot_titles=titles,
-        shared_yaxes=shared_yaxes,
-        horizontal_spacing=0.04,
-        vertical_spacing=0.42 / len(models) ** 1.5,
-    )
-
-
-def _lay_out(figure: go.Figure, rows: int, x_title: str, y_title: str) -> go.Figure:
-    """Sizes and titles: x below the last row, y beside the first column."""
-    figure.update_layout(
-        template=None,
-        height=_ROW_HEIGHT * rows + 90,
-        margin={"l": 60, "r": 20, "t": 40, "b": 50},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0 + 0.12 / rows, "x": 0},
-        hoverlabel={"namelength": -1},
-    )
-    figure.update_xaxes(zeroline=False, automargin=True)
-    figure.update_yaxes(zeroline=False, automargin=True)
-    columns = len(list(figure.select_xaxes())) // rows
-    for index, axis in enumerate(figure.select_xaxes()):
-        if index >= columns * (rows - 1):
-            axis.title.text = x_title
-    for index, axis in enumerate(figure.select_yaxes()):
-        if index % columns == 0:
-            axis.title.text = y_title
-    return figure
 
 
 def _mean_score(group: list[RunResult], evaluation: EvaluationSpec, metric: Metric) -> float | None:
@@ -297,6 +241,12 @@ def _bounds(scores: list[Score], metric: Metric) -> tuple[float, float] | tuple[
         return min(values), max(values)
     interval = scores[0].intervals.get(metric) if scores else None
     return (interval.low, interval.high) if interval else (None, None)
+
+
+def _highest(group: list[RunResult], evaluation: EvaluationSpec, metric: Metric) -> float:
+    """Where a bar with its error bar ends."""
+    _, high = _bounds([score for result in group if (score := last_score(result, evaluation))], metric)
+    return high or _mean_score(group, evaluation, metric) or 0.0
 
 
 def _rounded(value: float) -> float:

@@ -11,12 +11,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from jmedlora.config.benchmark import ScoringWay
+from jmedlora.evaluation.statistics import ALPHA
 from jmedlora.plan.specs import EvaluationSpec
 from jmedlora.report.claims import studied_evaluations
 from jmedlora.report.collect import METRICS, Metric, Results, RunResult
 from jmedlora.report.comparison import METRIC_NAMES
 from jmedlora.report.contrasts import final_point
-from jmedlora.report.evidence import ALPHA, Board, Point, Reading
+from jmedlora.report.evidence import Board, Point, Reading
 from jmedlora.report.ranks import FEWEST_SYSTEMS, RankAgreement, compare_ranks
 from jmedlora.report.significance import Statistics
 
@@ -37,6 +38,8 @@ class Agreement:
     first: str
     second: str
     ranks: RankAgreement
+    scoring: ScoringWay | None
+    """That of both sides; None where several are compared or put together."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,11 @@ class Measuring:
     power: list[MetricPower]
     missing: list[str]
     """What could not be said, and why, a line each."""
+
+    @property
+    def has_findings(self) -> bool:
+        """False where there is nothing but what is missing."""
+        return any((self.ways, self.prompts, self.metrics, self.ranges, self.correlations, self.power))
 
 
 def measure(results: Results, statistics: Statistics) -> Measuring:
@@ -205,10 +213,12 @@ def _agreements(kind: Literal["way", "prompt"], results: Results, board: Board, 
         for first, second in combinations(sides, 2):
             metrics: tuple[Metric, ...] = ("accuracy",) if kind == "way" else ("accuracy", "gestalt_score")
             for metric in metrics:
-                where = f"{group.benchmark}, {group.shots}-shot: {first} against {second}"
+                asked = f", {group.way}" if group.way else ""
+                where = f"{group.benchmark}, {group.shots}-shot{asked}: {first} against {second}"
                 ranks = _ranks(results, board, [sides[first], sides[second]], (metric, metric), where, missing)
                 if ranks:
-                    found.append(Agreement(kind, group.benchmark, group.shots, METRIC_NAMES[metric], first, second, ranks))
+                    scoring = _scoring([*sides[first], *sides[second]])
+                    found.append(Agreement(kind, group.benchmark, group.shots, METRIC_NAMES[metric], first, second, ranks, scoring))
     return found
 
 
@@ -220,8 +230,14 @@ def _metric_agreements(results: Results, board: Board, evaluations: Sequence[Eva
             where = f"{group.benchmark}, {group.shots}-shot: {names[0]} against {names[1]}"
             ranks = _ranks(results, board, [asked, asked], (metric, "gestalt_score"), where, missing)
             if ranks:
-                found.append(Agreement("metric", group.benchmark, group.shots, names[0], *names, ranks))
+                found.append(Agreement("metric", group.benchmark, group.shots, names[0], *names, ranks, _scoring(asked)))
     return found
+
+
+def _scoring(evaluations: Sequence[EvaluationSpec]) -> ScoringWay | None:
+    """The one way of scoring that all of them share."""
+    ways = {item.scoring for item in evaluations}
+    return ways.pop() if len(ways) == 1 else None
 
 
 def _ranks(

@@ -14,7 +14,16 @@ from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import RunSpec
 from jmedlora.report.claims import Study, is_synthetic
 from jmedlora.report.collect import METRICS, Results
-from jmedlora.report.comparison import METRIC_NAMES, Comparison, change_text, compare_runs, evaluations_of, score_text
+from jmedlora.report.comparison import (
+    INTERVALS,
+    METRIC_NAMES,
+    Comparison,
+    change_text,
+    compare_runs,
+    doubt_lines,
+    evaluations_of,
+    score_text,
+)
 from jmedlora.report.evidence import points
 from jmedlora.report.examples import choose_examples
 from jmedlora.report.exams import exam_tables
@@ -22,11 +31,12 @@ from jmedlora.report.figures import PageFigure, draw_losses, draw_scores
 from jmedlora.report.measuring import Measuring
 from jmedlora.report.ranks import Estimate
 from jmedlora.report.significance import Statistics
+from jmedlora.report.summary import summarise
 from jmedlora.report.table import cost_rows
 
 _TEMPLATE = "template.html.j2"
-PAIRS_SHOWN, ROWS_SHOWN, LINES_OPEN = 60, 40, 12
-"""Lines of long tables, whose rest is in the files beside the page; and lines of a table that is not folded."""
+PAIRS_SHOWN, ROWS_SHOWN, LINES_OPEN, DOUBTS_TOLD = 60, 40, 12, 6
+"""Lines of long tables, whose rest is in the files beside the page; lines of a table that is not folded; systems that a warning names."""
 
 
 def page_html(results: Results, storage: Storage, statistics: Statistics, study: Study, measuring: Measuring) -> str:
@@ -48,13 +58,15 @@ def page_html(results: Results, storage: Storage, statistics: Statistics, study:
         "day": _day,
         "duration": _duration,
     }
-    sections = [_section(results, storage, statistics, comparison) for comparison in compare_runs(results, statistics)]
+    comparisons = compare_runs(results, statistics)
+    sections = [_section(results, storage, statistics, comparison) for comparison in comparisons]
     losses = draw_losses(results)
     figures = [figure for section in sections for figure in section["figures"]] + losses
     return environment.get_template(_TEMPLATE).render(
         plan=results.plan,
         results=results,
         facts=_facts(results),
+        summary=summarise(results, comparisons),
         sections=sections,
         losses=losses,
         examples=choose_examples(results, storage),
@@ -64,6 +76,7 @@ def page_html(results: Results, storage: Storage, statistics: Statistics, study:
         measuring=measuring,
         metrics=METRICS,
         metric_names=METRIC_NAMES,
+        intervals=INTERVALS,
         scoring_names={"generate": "written answers", "loglikelihood": "log-likelihood"},
         effect_names={"odds_ratio": "odds ratio", "cohens_dz": "d"},
         verdict_signs={"supported": "✓", "contradicted": "✗", "undecided": "?"},
@@ -81,6 +94,7 @@ def _section(results: Results, storage: Storage, statistics: Statistics, compari
     certain = sorted(pairs, key=lambda row: (row.p_holm, row.p))[:PAIRS_SHOWN]
     return {
         "comparison": comparison,
+        "doubts": doubt_lines([comparison], DOUBTS_TOLD),
         "figures": draw_scores(results, *place),
         "pairs": {"rows": certain, "total": len(pairs)},
         "replicates": [row for row in statistics.replicates if (row.benchmark, row.prompt, row.scoring) == place],

@@ -9,8 +9,18 @@ from typing import Any
 
 from jmedlora.plan.naming import number, targets_of
 from jmedlora.plan.specs import RunSpec
-from jmedlora.report.collect import METRICS, Results, RunResult, Score, evaluation_order
-from jmedlora.report.comparison import METRIC_NAMES, Cell, Comparison, Line, change_text, compare_runs, score_text
+from jmedlora.report.collect import DOUBT_KINDS, METRICS, Results, RunResult, Score, evaluation_order
+from jmedlora.report.comparison import (
+    INTERVALS,
+    METRIC_NAMES,
+    Cell,
+    Comparison,
+    Line,
+    change_text,
+    compare_runs,
+    doubt_lines,
+    score_text,
+)
 from jmedlora.report.significance import Statistics
 
 COLUMNS = (
@@ -20,19 +30,21 @@ COLUMNS = (
     *("precision", "lora_dropout", "lora_targets", "learning_rate", "schedule", "batch_size", "data", "training_prompt"),
     *("base_key", "evaluation_key"),
     *(f"{metric}_{p}" for metric in METRICS for p in ("p", "p_holm")),
+    *DOUBT_KINDS,
 )
 COST_COLUMNS = (
     *("run_key", "name", "model", "method", "precision", "status", "steps", "training_seconds", "tokens", "tokens_per_s"),
     *("workers", "gpu_hours", "evaluation_seconds"),
 )
 _DIGITS = 6  # of what statistics compute
+_DOUBTS_TOLD = 6
 
 
 def table_csv(results: Results, statistics: Statistics) -> str:
     """One row per run x evaluated step x benchmark x shots x prompt x scoring; nothing in it depends on clock or machine.
 
-    Bounds are 95 % bootstrap intervals over the questions, empty where no predictions are stored. p values compare the run
-    with its base, at its last evaluated step alone.
+    Bounds are 95 % intervals over the questions, empty where no predictions are stored. p values compare the run with its
+    base, at its last evaluated step alone. Counts of answers that say little are empty where nothing has counted them.
     """
     rows = []
     for result in results.runs:
@@ -72,6 +84,7 @@ def _table_row(result: RunResult, score: Score, statistics: Statistics) -> dict[
         "base_key": run.base_key if run else "",
         "evaluation_key": score.evaluation.evaluation_key,
         **_p_values(result, score, statistics),
+        **dict[str, int](score.doubtful.items()),
     }
 
 
@@ -136,8 +149,9 @@ def table_md(results: Results, statistics: Statistics) -> str:
     parts = [f"# {results.plan.sweep}"]
     for comparison in compare_runs(results, statistics):
         parts += [f"## {comparison.title}", _comparison_md(comparison)]
+        parts += [_escape(line) for line in doubt_lines([comparison], _DOUBTS_TOLD)]
     parts.append(
-        "In square brackets: the 95 % interval over the questions. In round ones: the change against the base in the same "
+        f"In square brackets: the {INTERVALS}. In round ones: the change against the base in the same "
         "precision, \\* where p is below 0.05 and \\*\\* where it is below 0.01 after Holm's correction over the sweep. "
         "Bold: the best of its column."
     )
@@ -156,7 +170,7 @@ def _comparison_md(comparison: Comparison) -> str:
     columns = [(shots, metric) for shots in comparison.shots for metric in METRICS]
     head = ["Run", "Precision", "Step", *(f"{shots}-shot {METRIC_NAMES[metric]}" for shots, metric in columns)]
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
-    lines += [[*_labels(line), *(_cell_md(line.cells[column]) for column in columns)] for line in comparison.lines]
+    lines += [[*_labels(line), *(_cell_md(line.cells[column], line.signs(*column)) for column in columns)] for line in comparison.lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -164,7 +178,7 @@ def _labels(line: Line) -> list[str]:
     return [_escape(line.result.name), line.result.spec.precision, line.progress]
 
 
-def _cell_md(cell: Cell | None) -> str:
+def _cell_md(cell: Cell | None, signs: str) -> str:
     if cell is None:
         return "–"
     parts = [f"**{score_text(cell.value)}**" if cell.is_best else score_text(cell.value)]
@@ -172,7 +186,7 @@ def _cell_md(cell: Cell | None) -> str:
         parts.append(f"[{score_text(cell.interval.low)}, {score_text(cell.interval.high)}]")
     if cell.change is not None:
         parts.append(f"({change_text(cell.change)}{cell.mark.replace('*', chr(92) + '*')})")
-    return " ".join(parts)
+    return " ".join(parts) + signs
 
 
 def _escape(text: str) -> str:

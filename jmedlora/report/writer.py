@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jmedlora.data.atomic import write_text
+from jmedlora.evaluation.rescoring import rescore_stored
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import Plan
 from jmedlora.report.answers import AnswerBook
@@ -47,7 +48,11 @@ def analyse(plan: Plan, storage: Storage) -> tuple[Results, Statistics]:
 
 
 def write_report(plan: Plan, storage: Storage) -> ReportFiles:
-    """Writes the report of what is stored so far into the sweep's folder; each file is replaced in one step."""
+    """Writes the report of what is stored so far into the sweep's folder; each file is replaced in one step.
+
+    What another sweep that shares runs has scored with settings of its own is first scored anew.
+    """
+    rescore_stored(plan, storage)
     results, statistics = analyse(plan, storage)
     study, measuring = judge_claims(results, statistics.answers), measure(results, statistics)
     folder = storage.sweep(plan.sweep).report

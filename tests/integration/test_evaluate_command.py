@@ -50,10 +50,11 @@ def test_a_base_is_scored_in_both_ways_with_intervals_and_not_asked_twice(tmp_pa
             assert set(one["accuracy_by_normalisation"]) == {"sum", "per_token", "per_character", "per_byte"}
     assert systems(tmp_path, *options) == found  # the times among them too: nothing was computed
     shown = run_jmedlora("evaluate", *options, *SETTINGS, cwd=tmp_path)
-    assert "sample, prompt exam-ja" in shown.stdout and "likelihood" in shown.stdout and "[0." in shown.stdout
+    assert "sample, prompt exam-ja" in shown.stdout and "likelihood" in shown.stdout and "0.000-0." in shown.stdout
 
 
-def test_an_adapter_is_scored_beside_its_base(tmp_path: Path) -> None:
+def test_an_adapter_is_scored_beside_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JMEDLORA_CACHE", str(tmp_path / "cache"))
     systems(tmp_path, "tiny-llama", "--first", "2")  # which builds the base
     base = next((cache_dir() / "models").glob("tiny-llama-*[0-9a-f]"))
     config = LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False)
@@ -63,11 +64,21 @@ def test_an_adapter_is_scored_beside_its_base(tmp_path: Path) -> None:
     assert [one["system"] for one in found] == ["tiny-llama", "tiny-llama + foreign"]
     assert found[0]["adapter_digest"] is None and found[1]["adapter_digest"]
     assert found[0]["run_key"] != found[1]["run_key"]
+    again = systems(tmp_path, "tiny-llama", "--first", "4", "--adapter", str(adapter), "evaluate.metrics=harness")
+    assert [one["metric_settings"]["order"] for one in again] == ["mean", "mean"]  # scored anew, both of them
+    assert [one["time"] for one in again] == [one["time"] for one in found]
     missing = run_jmedlora("evaluate", "tiny-llama", "--adapter", str(tmp_path / "nowhere"), cwd=tmp_path)
     assert missing.returncode == 2 and "--adapter" in missing.stderr
+    for model, told in (
+        (("tiny-gpt-neox",), "--adapter: "),
+        (("served", "--base-url", "http://127.0.0.1:9/v1"), "--adapter: served is behind an address"),
+    ):
+        wrong = run_jmedlora("evaluate", *model, "--first", "2", "--adapter", str(adapter), *SETTINGS, cwd=tmp_path)
+        assert wrong.returncode == 2 and told in wrong.stderr and "Traceback" not in wrong.stderr, wrong.stderr
 
 
-def test_a_folder_in_hugging_face_format_goes_by_its_own_name(tmp_path: Path) -> None:
+def test_a_folder_in_hugging_face_format_goes_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JMEDLORA_CACHE", str(tmp_path / "cache"))
     systems(tmp_path, "tiny-llama", "--first", "2")
     folder = next((cache_dir() / "models").glob("tiny-llama-*[0-9a-f]"))
     found = systems(tmp_path, str(folder), "--first", "2")

@@ -238,9 +238,8 @@ def test_an_adapter_for_other_layers_or_shapes_is_refused_and_leaves_the_base_cl
     config = LoraConfig.from_pretrained(folder)
     for step, changed in ((200, {k: v for k, v in weights.items() if k != dropped}), (300, renamed), (400, wider)):
         save_adapter(case.storage.run(RUN).checkpoint(step), changed, config, case.model.name)
-        with pytest.raises((AdapterDoesNotFit, RuntimeError)) as caught:
+        with pytest.raises(AdapterDoesNotFit):
             case.evaluator.evaluate(RUN, step, evaluation(), case.storage)
-        assert isinstance(caught.value, AdapterDoesNotFit) or "size mismatch" in str(caught.value)
         assert torch.equal(logits(case.evaluator._base), fresh)
     assert case.evaluator.evaluate(RUN, 100, evaluation(), case.storage)["n"] == 6
 
@@ -286,6 +285,7 @@ def test_what_is_written(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         "gestalt_score": math.fsum(row["gestalt_score"] for row in rows) / 6,
         **{key: metrics[key] for score in SCORES for key in (f"{score}_low", f"{score}_high")},
         "metric_settings": DEFAULT_METRICS.model_dump(mode="json"),
+        "exam_rules": None,
         "scoring": "generate",
         "adapter_digest": adapter_digest(folder),
         "prompt_tokens": sum(min(length, 236) for length in lengths),

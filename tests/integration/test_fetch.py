@@ -96,11 +96,12 @@ def tarball(files: dict[str, bytes], commit: str = COMMIT, change: Callable[[tar
 
 
 def refusal(sources: Path, config: BenchmarkConfig = CONFIG, offline: bool = False) -> str:
-    """The one line that a failing fetch tells; nothing must be left of it but the lock."""
+    """The one line that a failing fetch tells; nothing must be left of it, no lock and no folder that was made for it."""
+    before = sorted(sources.parent.rglob("*"))
     with pytest.raises(BadInput) as caught:
         fetch_benchmark(config, sources, offline)
     assert len(caught.value.faults) == 1
-    assert [path for path in sources.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+    assert sorted(sources.parent.rglob("*")) == before
     return str(caught.value.faults[0])
 
 
@@ -220,6 +221,8 @@ def test_what_nobody_publishes_and_a_place_that_cannot_be_written_are_told(serve
 DATASET = BenchmarkConfig(
     name="set", source=DatasetSource(kind="dataset", repo="owner/Set", revision="main", file="a/test.jsonl", name="set.jsonl")
 )
+RESOLVE = "/datasets/owner/Set/resolve/main/a/test.jsonl"
+REFUSED = "benchmark set: source: cannot be fetched: a/test.jsonl of owner/Set: "
 FETCH = """
 import sys
 from pathlib import Path
@@ -233,29 +236,49 @@ except BadInput as bad:
 """
 
 
-def fetch_dataset(server: Server, sources: Path, cache: Path, offline: bool = False) -> str:
-    """Fetches in a process of its own: the hub's client reads its address when it is imported."""
-    change = {"HF_ENDPOINT": server.address, "HF_HOME": str(cache), "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_XET": "1"}
+def fetch_dataset(address: str, sources: Path, cache: Path, offline: bool = False) -> str:
+    """Fetches in a process of its own: the hub's client reads its address when it is imported. Only we may tell of a failure."""
+    change = {"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-c", FETCH, DATASET.model_dump_json(), str(sources)]
     done = subprocess.run(command, env={**os.environ, **change}, capture_output=True, text=True, timeout=120, check=True)
+    if "cannot be fetched" in done.stdout:
+        assert (done.stderr, done.stdout.count("\n")) == ("", 1)
+        assert not sources.exists()
     return done.stdout.strip()
 
 
+def test_a_hub_that_does_not_answer_is_told_at_once(server: Server, tmp_path: Path) -> None:
+    server.answers[RESOLVE] = (503, {}, b"")
+    assert fetch_dataset(server.address, tmp_path / "new" / "sources", tmp_path / "cache").startswith(
+        f"{REFUSED}127.0.0.1 answers 503 Service Unavailable; allowed"
+    )
+    assert server.asked.count(RESOLVE) == 1  # not again and again
+    assert not (tmp_path / "new").exists()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{free.getsockname()[1]}"
+        told = fetch_dataset(dead, tmp_path / "sources", tmp_path / "cache")
+        assert told == f"{REFUSED}[Errno 111] Connection refused; allowed: a data set, file and revision that exist and can be reached"
+
+
 def test_a_file_of_a_data_set_is_fetched_once(server: Server, tmp_path: Path) -> None:
-    told = fetch_dataset(server, tmp_path / "none", tmp_path / "cache")
-    assert told.startswith("benchmark set: source: cannot be fetched: a/test.jsonl of owner/Set: ")
-    assert "\n" not in told
+    assert fetch_dataset(server.address, tmp_path / "none", tmp_path / "cache").startswith(
+        f"{REFUSED}127.0.0.1 answers 404 Not Found; allowed"
+    )
     body = json.dumps(ROW).encode()
     headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(body).hexdigest()}"'}
-    server.answers["/datasets/owner/Set/resolve/main/a/test.jsonl"] = (200, headers, body)
+    server.answers[RESOLVE] = (200, headers, body)
     place = tmp_path / "benchmarks" / "set.jsonl"
-    assert fetch_dataset(server, tmp_path, tmp_path / "cache") == str(place)
+    assert fetch_dataset(server.address, tmp_path, tmp_path / "cache") == str(place)
     assert place.read_bytes() == body
+    assert {path.name for path in place.parent.iterdir()} == {"set.jsonl", f"set.jsonl{RECORD}"}
     record = json.loads((tmp_path / "benchmarks" / f"set.jsonl{RECORD}").read_text())
     assert (record["repo"], record["revision"], record["file"]) == ("owner/Set", COMMIT, "a/test.jsonl")
     assert record["sha256"] == hashlib.sha256(body).hexdigest()
     assert len(load_benchmark(DATASET, tmp_path).questions) == 1
     asked = len(server.asked)
-    assert fetch_dataset(server, tmp_path, tmp_path / "cache") == str(place)
+    assert fetch_dataset(server.address, tmp_path, tmp_path / "cache") == str(place)
     assert len(server.asked) == asked
-    assert "cannot be fetched" in fetch_dataset(server, tmp_path / "other", tmp_path / "empty", offline=True)
+    again = fetch_dataset(server.address, tmp_path / "again", tmp_path / "cache", offline=True)
+    assert Path(again).read_bytes() == body  # the hub's own cache has it
+    assert "cannot be fetched" in fetch_dataset(server.address, tmp_path / "other", tmp_path / "empty", offline=True)

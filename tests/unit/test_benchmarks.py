@@ -55,8 +55,15 @@ def test_filters_keep_what_they_say(tmp_path: Path) -> None:
         f"{path}: filters.categories: x is not here; allowed: one of 産科, 眼科",
     ]
     assert faults_of(path, filters={"items": ["112B1"], "choices": 3}) == [
-        f"{path}: filters: no question is left; allowed: filters that keep at least one question"
+        f'{path}: filters.items: ["112B1"] keeps none of 6 questions; allowed: one of 112A4, 112B3, 112B5, 113A4, 113B3, 113B5'
     ]
+    assert faults_of(path, filters={"years": [2019], "choices": 5, "answers": 4, "sample": {"n": 3}}) == [
+        f"{path}: filters.choices: 5 keeps none of 5 questions; allowed: one of 2, 3"
+    ]
+    assert faults_of(path, filters={"choices": 2, "answers": 2}) == [f"{path}: filters.answers: 2 keeps none of 4 questions; allowed: 1"]
+    everything = [row["problem_id"] for row in rows]
+    assert faults_of(path, filters={"exclude": everything}) == [f"{path}: filters.exclude: leaves none of 10 questions; allowed: fewer ids"]
+    assert faults_of(path, fewshot_items=everything)[0] == f"{path}: fewshot_items: leaves none of 10 questions; allowed: fewer ids"
     assert faults_of(path, filters={"items": ["9"], "exclude": ["8"]})[:2] == [
         f"{path}: filters.items: no question 9; allowed: ids of questions that are here",
         f"{path}: filters.exclude: no question 8; allowed: ids of questions that are here",
@@ -128,7 +135,9 @@ def test_named_examples_are_taken_out_before_questions_are_counted_off(tmp_path:
 
 
 def test_an_example_without_choices_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "q.jsonl", [QUESTION, {**QUESTION, "problem_id": "115A2", "choices": [], "answer": ["3"]}])
+    path = write(
+        tmp_path / "q.jsonl", [QUESTION, {**QUESTION, "problem_id": "115A2", "problem_text": "いくつか", "choices": [], "answer": ["3"]}]
+    )
     assert f"{path}:2: choices: no choices to choose from" in faults_of(path, fewshot_items=["115A2"])[0]
 
 
@@ -188,10 +197,17 @@ def test_shuffling_is_asked_for_by_the_configuration_and_leaves_examples_alone(t
 # ---------------------------------------------------------------- places
 
 
-def test_a_source_that_is_not_here_says_how_it_is_fetched(tmp_path: Path) -> None:
+def test_a_source_that_is_not_here_says_how_it_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotHereYet) as absent:
         load_benchmark(read_benchmark("igakuqa", []), tmp_path)
-    assert str(absent.value) == f"benchmark igakuqa: {tmp_path}/benchmarks/igakuqa; `jmedlora data fetch igakuqa` brings it"
+    told = f"`jmedlora data fetch igakuqa --sources {tmp_path}` brings it"
+    assert str(absent.value) == f"benchmark igakuqa: {tmp_path}/benchmarks/igakuqa; {told}"
+    monkeypatch.chdir(tmp_path)
+    for usual in (Path("sources"), tmp_path / "sources"):
+        with pytest.raises(NotHereYet, match=r"; `jmedlora data fetch igakuqa` brings it$"):
+            load_benchmark(read_benchmark("igakuqa", []), usual)
+    with pytest.raises(NotHereYet, match=r"`jmedlora data fetch igakuqa --sources 'my sources'` brings it$"):
+        load_benchmark(read_benchmark("igakuqa", []), Path("my sources"))
     mine = BenchmarkConfig(name="mine", source=NamedSource(kind="named", name="mine.jsonl"))
     with pytest.raises(NotHereYet, match=r"benchmark mine: .*/benchmarks/mine.jsonl$"):
         load_benchmark(mine, tmp_path)
@@ -261,7 +277,11 @@ def test_the_real_self_assessment_questions_have_the_published_counts(shared_dat
     assert [listed.count(n) for n in (1, 2, 3)] == [216, 174, 1]
     assert facts["evaluated"]["answers"] == {1: 216, 2: 175}
     assert facts["evaluated"]["questions"] == 391
-    assert facts["notes"] == [f"{path}:27: answer: ['d', ',', 'e'] is read as d, e"]
+    assert facts["notes"] == [
+        f"{path}:27: answer: ['d', ',', 'e'] is read as d, e",
+        f"{path}:58: choices: b is the same as a",
+        f"{path}:270: choices: e is the same as d",
+    ]
 
 
 def test_the_real_self_assessment_questions_as_csv(shared_data: Path, tmp_path: Path) -> None:

@@ -314,6 +314,10 @@ def test_a_preset_that_is_not_utf8_is_told(tmp_path: Path) -> None:
             "grid.model=[{name: x, family: llama, source: {kind: path, path: /tmp, revison: y}}]",
             "revison: unknown key; allowed: one of kind, path",
         ),
+        (
+            "references=[{name: x, source: {kind: api, base_url: 'http://h/v1', model: m, key_env: sk-secret}}]",
+            "references[0].source.key_env: what is given is not allowed; allowed: the name of an environment variable",
+        ),
         ("grid.rank=8,64", "command line: grid.rank=8,64: is not one value"),
         ("~nokey", "command line: ~nokey: there is no such key"),
         ("grid.7.rank=[1]", "there is no such key"),

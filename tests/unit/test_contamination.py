@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -353,6 +354,9 @@ def test_a_verdict_is_computed_once_for_the_same_content(sweep: Path, tmp_path: 
     changed = load_instructions(DataConfig(name="mine", path=str(tmp_path / "rows.jsonl")), tmp_path)
     assert leaks_of(changed, benchmark, cache)[0][0].row == 0
     assert len(list((cache / "leaks").iterdir())) == 3
+    for damaged in ("", "[]", '{"questions": []}'):
+        file.write_text(damaged)
+        assert leaks_of(data, benchmark, cache) == first
 
 
 def test_small_means_that_a_command_may_compare_in_passing() -> None:
@@ -374,6 +378,7 @@ def test_the_command_names_the_pairs_and_ends_with_1(sweep: Path) -> None:
     assert "rows.jsonl:5" in told.output and "T2" in told.output and "question and answer" in told.output
     assert "data mine, benchmark exam: 1 of 2 questions in 1 of 3 rows" in told.output
     assert "few-shot examples among the rows, which are not evaluated: T3" in told.output
+    assert "benchmark exam: 1 short questions were looked for only together with their answer or choices" in told.output
 
 
 def test_the_command_writes_every_leak(sweep: Path, tmp_path: Path) -> None:
@@ -387,7 +392,16 @@ def test_the_command_writes_every_leak(sweep: Path, tmp_path: Path) -> None:
     answer = json.loads(run(str(sweep), "--json").output)
     assert answer["leaks"] == lines
     assert answer["compared"] == [
-        {"data": "mine", "benchmark": "exam", "rows": 60, "questions": 2, "leaked_questions": 1, "leaking_rows": 60, "examples": []}
+        {
+            "data": "mine",
+            "benchmark": "exam",
+            "rows": 60,
+            "questions": 2,
+            "short_questions": 1,
+            "leaked_questions": 1,
+            "leaking_rows": 60,
+            "examples": [],
+        }
     ]
 
 
@@ -401,5 +415,26 @@ def test_a_clean_sweep_ends_with_0_and_tells_what_is_not_here(sweep: Path) -> No
 def test_nothing_to_compare_is_no_clean_bill(sweep: Path) -> None:
     told = run(str(sweep), "benchmarks=[jjsimqa]")
     assert isinstance(told.exception, BadInput) and "nothing to compare: benchmark jjsimqa" in str(told.exception)
-    told = run(str(sweep), "--output", str(sweep.parent))
-    assert isinstance(told.exception, BadInput) and "is a folder" in str(told.exception)
+
+
+def test_a_place_for_the_leaks_that_cannot_be_is_told_before_anything_is_compared(sweep: Path) -> None:
+    (sweep.parent / "file").write_text("kept")
+    write(sweep.parent / "rows.jsonl", ["no row"])  # would be told once the comparison begins
+    os.mkfifo(sweep.parent / "pipe")
+    allowed = "; allowed: a file in a folder that is here and that you may write to"
+    for place, told in [
+        (sweep.parent, f"{sweep.parent} is a folder"),
+        (sweep.parent / "new/leaks.jsonl", f"{sweep.parent}/new is no folder that is here"),
+        (sweep.parent / "file/leaks.jsonl", f"{sweep.parent}/file is no folder that is here"),
+        (sweep.parent / "pipe", f"{sweep.parent}/pipe is no file"),
+    ]:
+        refused = run(str(sweep), "--output", str(place)).exception
+        assert isinstance(refused, BadInput)
+        assert str(refused) == f"command line: --output: {told}{allowed}"
+    assert not (sweep.parent / "new").exists() and (sweep.parent / "file").read_text() == "kept"
+
+
+def test_a_file_that_cannot_be_written_after_all_is_told(sweep: Path) -> None:
+    name = "x" * 250  # fits, but not with what is put beside a file until it is whole
+    refused = run(str(sweep), "--output", str(sweep.parent / name)).exception
+    assert isinstance(refused, BadInput) and "cannot be written: File name too long; allowed" in str(refused)

@@ -10,20 +10,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jmedlora.config.benchmark import PromptConfig, ScoringWay
 from jmedlora.evaluation.resampling import bootstrap_interval
 from jmedlora.plan.layout import METRICS, Storage
 from jmedlora.plan.specs import EvaluationSpec, Plan, RunSpec
 from jmedlora.report.claims import judge_claims
+from jmedlora.report.collect import Results
 from jmedlora.report.examples import choose_examples
 from jmedlora.report.exams import exam_tables
 from jmedlora.report.figures import draw_scores
 from jmedlora.report.measuring import measure
 from jmedlora.report.page import page_html
+from jmedlora.report.significance import Statistics
 from jmedlora.report.writer import analyse
 from tests.made_up import base_spec, evaluation_spec, plan_of, write_answers
 from tests.made_up_answers import EXAM, ONE, QUESTIONS, ZERO, answer, base_of, model, run_of
 
 WEIGHED = evaluation_spec(0, EXAM, scoring="loglikelihood")
+WAYS: tuple[ScoringWay, ...] = ("generate", "loglikelihood")
+BY_PROMPT = ("accuracy", "Gestalt score")
+"""The metrics by which prompts are compared."""
 
 
 class Tables(HTMLParser):
@@ -58,7 +64,10 @@ class Tables(HTMLParser):
 
 
 def page_of(plan: Plan, storage: Storage) -> str:
-    results, statistics = analyse(plan, storage)
+    return page_from(storage, *analyse(plan, storage))
+
+
+def page_from(storage: Storage, results: Results, statistics: Statistics) -> str:
     html = page_html(results, storage, statistics, judge_claims(results, statistics.answers), measure(results, statistics))
     return html[: html.index('<script id="plotly">')] if '<script id="plotly">' in html else html
 
@@ -77,15 +86,55 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Storage]:
 
 
 @pytest.fixture(scope="module")
-def html(sweep: tuple[Plan, Storage]) -> str:
-    return page_of(*sweep)
+def analysed(sweep: tuple[Plan, Storage]) -> tuple[Results, Statistics]:
+    return analyse(*sweep)
+
+
+@pytest.fixture(scope="module")
+def html(sweep: tuple[Plan, Storage], analysed: tuple[Results, Statistics]) -> str:
+    return page_from(sweep[1], *analysed)
 
 
 def test_ways_of_scoring_have_sections_of_their_own(html: str) -> None:
-    titles = [" ".join(re.sub("<[^>]*>", " ", title).split()) for title in re.findall("<h2>.*?</h2>", html)]
-    assert titles[:2] == ["exam prompt alpaca-ja", "exam prompt alpaca-ja, log-likelihood"]
-    assert titles[2].startswith("What the study claimed judged on exam, 0-shot, alpaca-ja; exam, 1-shot, alpaca-ja")
-    assert titles[3] == "How it was measured"
+    titles = [" ".join(re.sub("<[^>]*>", " ", title).split()) for title in re.findall("<h2.*?</h2>", html)]
+    assert titles[:3] == ["All comparisons", "exam prompt alpaca-ja", "exam prompt alpaca-ja, log-likelihood"]
+    assert titles[3].startswith("What the study claimed judged on exam, 0-shot, alpaca-ja; exam, 1-shot, alpaca-ja")
+    assert titles[4] == "How it was measured"
+
+
+def test_all_comparisons_stand_in_one_table(html: str) -> None:
+    [table] = [table for table in Tables(html).tables if table[0] == ["", "exam"]]
+    assert table[1:3] == [["", "alpaca-ja", "alpaca-ja log-likelihood"], ["Run", "0-shot", "1-shot", "0-shot"]]
+    rows = {row[0]: row[1:] for row in table[3:]}
+    # a score for each metric, of which the page shows one at a time
+    assert [cell.split() for cell in rows["gpt-x"]] == [["0.750"] * 3] * 3
+    assert rows["calm lora r16 1ep"][0].split()[:4] == ["0.450", "**", "0.450", "**"]
+    assert "*" not in rows["calm lora r4 1ep"][0].split()
+    assert '<span class="of accuracy" title="+0.200 against the base">0.450<span class="mark up">**</span></span>' in html
+    assert '<span class="of accuracy best">0.750' in html
+    assert '<body data-shown="gestalt_score">' in html
+
+
+def test_the_contents_lead_to_what_is_there(html: str) -> None:
+    [contents] = re.findall("<nav.*?</nav>", html, re.DOTALL)
+    links = dict(re.findall('<a href="#([^"]+)">([^<]*)</a>', contents))
+    assert links == {
+        "comparison-1": "exam, prompt alpaca-ja",
+        "comparison-2": "exam, prompt alpaca-ja, log-likelihood",
+        "claims": "What the study claimed",
+        "measuring": "How it was measured",
+        "predictions": "Predictions side by side",
+    }
+    assert all(html.count(f' id="{name}"') == 1 for name in links)
+    assert set(re.findall('href="(.)', html)) == {"#"}  # nothing leads away
+
+
+def test_figures_of_the_first_comparison_alone_are_open(html: str) -> None:
+    folds = re.findall('<details class="figures"( open)?>.*?</details>', html, re.DOTALL)
+    assert folds == [" open", ""]
+    outside = re.sub('<details class="figures".*?</details>', "", html, flags=re.DOTALL)
+    assert "data-figure=" in html
+    assert "data-figure=" not in outside
 
 
 def test_scores_stand_with_interval_and_marks(html: str) -> None:
@@ -133,9 +182,8 @@ def test_rankings_of_the_ways_are_shown(html: str) -> None:
     ]
 
 
-def test_final_scores_have_error_bars(sweep: tuple[Plan, Storage]) -> None:
-    results, _ = analyse(*sweep)
-    final = draw_scores(results, "exam", "alpaca-ja")[-1].figures["accuracy"]
+def test_final_scores_have_error_bars(analysed: tuple[Results, Statistics]) -> None:
+    final = draw_scores(analysed[0], "exam", "alpaca-ja")[-1].figures["accuracy"]
     bar = next(trace for trace in final.data if trace.type == "bar")
     [place] = [index for index, rank in enumerate(bar.x[1]) if rank == "rank 16"]
     bounds = bootstrap_interval((np.arange(QUESTIONS) < 180).astype(float))
@@ -151,9 +199,12 @@ def test_seeds_are_told_as_one_mean(tmp_path: Path) -> None:
     for run, right in zip(runs, (140, 180), strict=True):
         answer(storage, run.run_key, 7, ZERO, right)
     plan = plan_of([base], runs, [ZERO])
-    rows = Tables(page_of(plan, storage)).under("Runs", "Seeds")
+    results, statistics = analyse(plan, storage)
+    page = page_from(storage, results, statistics)
+    assert "All comparisons" not in page  # there is but one
+    assert "<nav" not in page
+    rows = Tables(page).under("Runs", "Seeds")
     assert rows[0][1:5] == ["0, 1", "0", "accuracy", "0.400 ± 0.071"]
-    results, _ = analyse(plan, storage)
     final = draw_scores(results, "exam", "alpaca-ja")[-1].figures["accuracy"]
     bar = next(trace for trace in final.data if trace.type == "bar")
     assert (bar.y[0], bar.error_y.array[0], bar.error_y.arrayminus[0]) == (0.4, 0.05, 0.05)  # the range of the two
@@ -206,9 +257,44 @@ def test_the_exams_marks_are_shown_by_system_year_and_category(tmp_path: Path) -
     assert "<b>150</b>" not in html
 
 
-def test_benchmarks_without_an_exam_have_no_marks(sweep: tuple[Plan, Storage]) -> None:
-    results, _ = analyse(*sweep)
-    assert exam_tables(results, sweep[1], [ZERO, ONE]) is None
+def test_benchmarks_without_an_exam_have_no_marks(sweep: tuple[Plan, Storage], analysed: tuple[Results, Statistics]) -> None:
+    assert exam_tables(analysed[0], sweep[1], [ZERO, ONE]) is None
+
+
+# ---------------------------------------------------------------- what to be careful of
+
+
+def test_many_answers_that_resemble_no_choice_are_marked_and_explained(tmp_path: Path) -> None:
+    base = base_of(model("calm"))
+    run = run_of(base)
+    storage = Storage(tmp_path)
+    for key, step, count in ((base.run_key, 0, 120), (run.run_key, 7, 39)):
+        answer(storage, key, step, ZERO, 100)
+        path = storage.run(key).evaluation(ZERO.folder, step) / METRICS
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"no_resemblance": count}))
+    html = page_of(plan_of([base], [run], [ZERO]), storage)
+    mark = '<abbr class="doubt" title="120 of 400 answers resemble no choice; they count for the first one">†</abbr>'
+    assert html.count(mark) == html.count("<abbr") == 1
+    assert "† Many answers resemble no choice; they count for the first one: 120 of 400 (calm base, 0-shot)." in html
+
+
+def test_sides_without_an_order_take_one_line(tmp_path: Path) -> None:
+    """Prompts order the systems by written answers; by log-likelihood one of them scores all alike."""
+    other = PromptConfig(name="other-ja", template="Q: {{ instruction }}")
+    bases = [base_of(model(f"model-{index}")) for index in range(3)]
+    evaluations = [evaluation_spec(0, EXAM, prompt, way) for way in WAYS for prompt in (ZERO.prompt, other)]
+    storage = Storage(tmp_path)
+    for index, base in enumerate(bases):
+        for evaluation in evaluations:
+            tied = evaluation.scoring == "loglikelihood" and evaluation.prompt is other
+            write_answers(storage, base.run_key, 0, evaluation, np.arange(QUESTIONS) < (200 if tied else 100 + 50 * index))
+    html = page_of(plan_of(bases, [], evaluations), storage)
+    assert "all tied" not in html
+    [table] = [table for table in Tables(html).tables if table[0][:3] == ["Compared", "Benchmark", "Scoring"]]
+    assert [row[:4] for row in table[1:]] == [["alpaca-ja and other-ja", "exam, 0-shot", "written answers", each] for each in BY_PROMPT]
+    told = " ".join(html[html.index("Order of systems by prompt") :].split())
+    assert "2 more without an order to compare: on one side or both, all systems score the same" in told
+    assert "<li>exam, 0-shot, log-likelihood: alpaca-ja and other-ja, accuracy</li>" in told
 
 
 # ---------------------------------------------------------------- little to show
@@ -221,11 +307,11 @@ def test_a_sweep_of_references_alone_has_a_page(tmp_path: Path) -> None:
         answer(storage, one.run_key, 0, evaluation, 100)
         answer(storage, other.run_key, 0, evaluation, 200)
     plan = plan_of([one, other], [], [ZERO, ONE])
-    html = page_of(plan, storage)
+    results, statistics = analyse(plan, storage)
+    html = page_from(storage, results, statistics)
     assert "gpt-x" in html
     assert "What the study claimed" not in html
     assert 'class="base"' not in html
-    results, _ = analyse(plan, storage)
     [across] = draw_scores(results, "exam", "alpaca-ja")
     assert across.title == "0-shot against 1-shot"
     assert {trace.name for trace in across.figures["accuracy"].data} == {"as it is"}

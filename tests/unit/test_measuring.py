@@ -107,6 +107,27 @@ def test_ways_that_rank_alike_and_ways_that_do_not(tmp_path: Path) -> None:
     assert found.missing == []
 
 
+def test_orders_by_prompt_are_told_apart_by_scoring(tmp_path: Path) -> None:
+    bases, storage = systems(3), Storage(tmp_path)
+    other_by_likelihood = evaluation_spec(0, EXAM, OTHER, "loglikelihood")
+    for evaluation in (ZERO, BY_LIKELIHOOD, BY_OTHER):
+        shares(storage, bases, evaluation, (50, 100, 150))
+    shares(storage, bases, other_by_likelihood, (150, 100, 50))
+    found = measured(storage, bases, [ZERO, BY_OTHER, BY_LIKELIHOOD, other_by_likelihood])
+    rows = [item for item in json.loads(measuring_json(found))["prompts"] if item["metric"] == "accuracy"]
+    assert [(row["scoring"], row["ranks"]["tau"]["value"]) for row in rows] == [("generate", 1.0), ("loglikelihood", -1.0)]
+    assert {item.scoring for item in found.ways} == {None}
+    assert {item.scoring for item in found.metrics} == {"generate"}
+
+
+def test_what_is_missing_names_the_way(tmp_path: Path) -> None:
+    bases, storage = systems(2), Storage(tmp_path)
+    for evaluation in (BY_OTHER, ZERO):
+        shares(storage, bases, evaluation, (50, 100))
+    found = measured(storage, bases, [ZERO, BY_OTHER])
+    assert found.missing[0] == "exam, 0-shot, generation: alpaca-ja against other-ja: 2 systems with answers to both; 3 are needed"
+
+
 def test_two_systems_are_too_few_for_a_ranking_and_that_is_said(tmp_path: Path) -> None:
     bases, storage = systems(3), Storage(tmp_path)
     shares(storage, bases, ZERO, (50, 100, 150))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def plan_of(*overrides: str, sweep: str = "smoke") -> Plan:
     return open_sweep(sweep, list(overrides))[1]
 
 
+@cache
 def key_with(*overrides: str) -> str:
     return plan_of("extra=[]", *overrides).runs[0].run_key
 
@@ -259,6 +261,20 @@ def test_the_printed_plan_counts_in_english_and_tells_what_was_put_together() ->
             "grid: 160000 runs; allowed: at most",
         ),
         ("evaluate.max_new_tokens=1024", "evaluate.max_new_tokens: 1024 leaves no room for a prompt in the 1024 positions of tiny-llama"),
+        (
+            "prompts=[{preset: step-by-step-ja, max_new_tokens: 1024}]",
+            "prompt step-by-step-ja: max_new_tokens: 1024 leaves no room for a prompt in the 1024 positions of tiny-llama",
+        ),
+        ("prompts=[alpaca-ja,chat-ja]", "prompts: tiny-llama has no chat template, which prompt chat-ja needs"),
+        (
+            "benchmarks=[sample,{preset: sample, name: again}]",
+            "benchmarks: again with prompt alpaca-ja asks the very same as sample with prompt alpaca-ja",
+        ),
+        (
+            "prompts=[alpaca-ja,{preset: alpaca-ja, name: again}]",
+            "prompts: sample with prompt again asks the very same as sample with prompt alpaca-ja",
+        ),
+        (f"benchmarks=[{{preset: sample, name: '{'問' * 80}'}}]", "make the name of a folder of more than 255 bytes"),
         ("training.targets=[]", "training.targets: no targets; allowed: at least one of q_proj"),
         ("training.warmup_steps=8", "training.warmup_steps: 8 is more than the 7 steps of a run; allowed: at most 7"),
         ("grid.epochs=[inf]", "grid.epochs"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from jmedlora.config.faults import Fault
 from jmedlora.data.benchmarks import open_source, read_all_questions
+from jmedlora.data.files import read_rows
 from jmedlora.data.letters import listed_texts
 from jmedlora.data.questions import parse_question
 from jmedlora.data.rows import Question, QuestionFacts
@@ -29,7 +30,8 @@ SAMPLE = {"sample_id": "x-1", "question": "問い", "options": ["甲", "乙"], "
     ("change", "told"),
     [
         ({"answer": ["f"]}, "answer: ['f'] is not among the 3 choices; allowed: different letters of a to c"),
-        ({"answer": ["a", "a"]}, "answer: ['a', 'a'] is not among the 3 choices; allowed: different letters of a to c"),
+        ({"answer": ["a", "a"]}, "answer: ['a', 'a'] has a twice; allowed: different letters of a to c"),
+        ({"answer": "ca, c"}, "answer: ['c', 'a', 'c'] has c twice; allowed: different letters of a to c"),
         ({"answer": [""]}, "answer: [''] names no choice; allowed: letters of a to c"),
         ({"answer": [","]}, "answer: [','] names no choice; allowed: letters of a to c"),
         ({"answer": ["a or z"]}, "answer: ['a or z'] is not among the 3 choices; allowed: different letters of a to c"),
@@ -40,8 +42,10 @@ SAMPLE = {"sample_id": "x-1", "question": "問い", "options": ["甲", "乙"], "
         ),
         ({"problem_text": "\ud800"}, "problem_text: '\\ud800' is not valid Unicode text"),
         ({"choices": ["甲", "\ud800"]}, "choices: ['甲', '\\ud800'] is not valid Unicode text"),
-        ({"answer": []}, "answer: [] is not allowed; allowed: a list of letters"),
-        ({"answer": "a"}, "answer: 'a' is not allowed; allowed: a list of letters"),
+        ({"answer": []}, 'answer: [] is not allowed; allowed: a list of letters such as ["a"]'),
+        ({"answer": " "}, "answer: ' ' is not allowed; allowed: a list of letters such as [\"a\"]"),
+        ({"answer": 1}, 'answer: 1 is not allowed; allowed: a list of letters such as ["a"]'),
+        ({"answer": "d"}, "answer: ['d'] is not among the 3 choices; allowed: different letters of a to c"),
         ({"choices": "甲乙"}, "choices: '甲乙' is not allowed; allowed: a list of at most 10 texts"),
         ({"choices": [1, 2]}, "choices: [1, 2] is not allowed; allowed: a list of at most 10 texts"),
         ({"problem_text": None}, "problem_text: None is not allowed; allowed: a text that is not empty"),
@@ -84,6 +88,32 @@ def test_what_is_known_of_a_question(tmp_path: Path) -> None:
     assert (numeric.gold, numeric.value, numeric.answer, numeric.facts.points) == ((), "7.20", "7.20", 1)
     assert (either.gold, either.alternatives, either.year) == ((0,), ((2,),), None)
     assert (either.facts.section, either.facts.category) == ("Z", "感染症")
+
+
+@pytest.mark.parametrize("answer", ["a,c", "ac", "ca", "Ａ、Ｃ", "a c", "['a', 'c']", '["a", "c"]'])
+def test_an_answer_may_be_one_text_as_in_csv(tmp_path: Path, answer: str) -> None:
+    rows = [
+        {**QUESTION, "answer": answer},
+        {**QUESTION, "problem_id": "2", "answer": "ｂ"},
+        {**QUESTION, "problem_id": "3", "answer": "a or c"},
+    ]
+    source = open_source(benchmark_of(write(tmp_path / "q.jsonl", rows)), tmp_path)
+    assert [question.gold for question in source.questions] == [(0, 2), (1,), (0,)]
+    assert (source.questions[2].alternatives, source.notes) == (((2,),), [])
+    [number] = read_all_questions(benchmark_of(write(tmp_path / "n.json", [{**QUESTION, "choices": [], "answer": "26"}])), tmp_path)
+    assert number.value == "26"
+
+
+def test_choices_that_are_seldom_meant_are_told(tmp_path: Path) -> None:
+    rows = [
+        {**QUESTION, "choices": ["甲", "", "乙", " 甲"]},
+        {**QUESTION, "problem_id": "2", "choices": ["甲", "乙", ""]},
+        {**QUESTION, "problem_id": "3", "choices": ["", "", ""]},
+    ]
+    path = write(tmp_path / "q.jsonl", rows)
+    source = open_source(benchmark_of(path), tmp_path)
+    assert source.notes == [f"{path}:1: choices: b is blank", f"{path}:1: choices: d is the same as a"]
+    assert len(source.questions) == 3
 
 
 def test_rows_that_were_mended_are_named(tmp_path: Path) -> None:
@@ -138,6 +168,55 @@ def test_csv_as_people_and_libraries_save_it(tmp_path: Path, header: list[str], 
     [question] = load(path).questions
     assert (question.choices, question.gold, question.year) == (("甲, 一", "乙", "丙"), (0, 2), 2018)
     assert question.text == '一行目\n二行目, "引用"'
+
+
+@pytest.mark.parametrize(
+    "cell", ["減塩食|喫煙, 飲酒|運動", "減塩食 ｜ 喫煙, 飲酒 ｜ 運動", "減塩食\n喫煙, 飲酒\n運動\n", "減塩食\r\n喫煙, 飲酒\r\n運動"]
+)
+def test_choices_in_one_cell_of_csv(tmp_path: Path, cell: str) -> None:
+    path = write_csv(tmp_path / "q.csv", ["problem_id", "problem_text", "choices", "answer"], ["1", "問い", cell, "b"])
+    assert load(path).questions[0].choices == ("減塩食", "喫煙, 飲酒", "運動")
+
+
+@pytest.mark.parametrize("cell", ["減塩,喫煙", "減塩、喫煙", "減塩|1日\n喫煙|2日"])
+def test_choices_that_can_be_read_in_two_ways_are_refused(tmp_path: Path, cell: str) -> None:
+    path = write_csv(tmp_path / "q.csv", ["problem_id", "problem_text", "choices", "answer"], ["1", "問い", cell, "b"])
+    assert faults_of(path) == [
+        f"{path}:2: choices: {cell!r} is not allowed; allowed: columns choice_a ... choice_j, or texts parted by line breaks or by | alone"
+    ]
+
+
+@pytest.mark.parametrize(("name", "separator"), [("q.csv", ";"), ("q.csv", "\t"), ("q.tsv", "\t"), ("q.csv", ",")])
+def test_what_parts_the_columns_is_seen_in_the_header(tmp_path: Path, name: str, separator: str) -> None:
+    lines = [["", ""], ["problem_id", '"problem_text"', "choice_a", "choice_b", "answer"], ["1", '"a,b;c\td,e,f"', "甲", "乙", '"a;b"']]
+    (tmp_path / name).write_bytes("\r\n".join(separator.join(cells) for cells in lines).encode("utf-8-sig"))
+    [question] = load(tmp_path / name).questions
+    assert (question.text, question.choices, question.gold) == ("a,b;c\td,e,f", ("甲", "乙"), (0, 1))
+
+
+def test_a_header_without_the_columns_is_one_fault(tmp_path: Path) -> None:
+    allowed = "allowed: the columns problem_id, problem_text, choice_a ... choice_j (or choices), answer"
+    for header in (["id", "question", "A", "B", "answer"], ["problem_id", "problem_text", "選択肢1", "選択肢2", "answer"]):
+        path = write_csv(tmp_path / "q.csv", header, *([["1", "問い", "甲", "乙", "a"]] * 30))
+        assert faults_of(path) == [f"{path}:1: header: the columns {', '.join(header)}; {allowed}"]
+    path.write_text("id|question|answer\n1|問い|a\n")
+    assert faults_of(path) == [f"{path}:1: header: the columns id|question|answer; {allowed}"]
+    long = write_csv(tmp_path / "long.csv", [f"column {i}" for i in range(1000)])
+    assert len(faults_of(long)[0]) < 500
+
+
+def test_files_of_other_kinds_are_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "q.xlsx").write_bytes(b"PK\x03\x04")
+    assert faults_of(tmp_path / "q.xlsx") == [f"{tmp_path}/q.xlsx: an Excel workbook: save it as `CSV UTF-8`"]
+    faults: list[Fault] = []
+    for name in ("none.jsonl", "none.xlsx", "none.parquet", "."):
+        assert list(read_rows(tmp_path / name, faults)) == []
+    assert [str(fault) for fault in faults] == [
+        f"{tmp_path}/none.jsonl: cannot be read: No such file or directory; allowed: a UTF-8 file of rows",
+        f"{tmp_path}/none.xlsx: cannot be read: No such file or directory; allowed: a UTF-8 file of rows",
+        f"{tmp_path}/none.parquet: cannot be read: No such file or directory; allowed: a Parquet file",
+        f"{tmp_path}: a folder; allowed: the files in it",
+    ]
 
 
 def test_the_csv_of_the_self_assessment_questions_has_choices_in_brackets(tmp_path: Path) -> None:
@@ -219,6 +298,10 @@ def test_jmedbench_rows_in_every_container(tmp_path: Path) -> None:
         ({"question": ""}, "question: '' is not allowed; allowed: a text that is not empty"),
         ({"options": "甲"}, "options: '甲' is not allowed; allowed: a list of at most 10 texts"),
         ({"options": []}, "options: an empty list; allowed: 2 to 10 texts"),
+        (
+            {"options": ["甲"] * 11, "answer_idx": 10, "n_options": 11},
+            "options: [" + "'甲', " * 10 + "...] is not allowed; allowed: a list of at most 10 texts",
+        ),
         ({"answer_idx": 2}, "answer_idx: 2 is not allowed; allowed: a position from 0 to 1"),
         ({"answer_idx": -1}, "answer_idx: -1 is not allowed; allowed: a position from 0 to 1"),
         ({"answer_idx": "a"}, "answer_idx: 'a' is not allowed; allowed: a position from 0 to 1"),
@@ -229,6 +312,16 @@ def test_jmedbench_rows_in_every_container(tmp_path: Path) -> None:
 def test_a_bad_jmedbench_row_is_named_with_its_own_keys(tmp_path: Path, change: dict[str, Any], told: str) -> None:
     path = write(tmp_path / "s.jsonl", [SAMPLE, {**SAMPLE, "sample_id": "x-2", **change}])
     assert f"{path}:2: {told.replace('FILE', str(path))}" in faults_of(path, format="jmedbench")
+
+
+def test_a_jmedbench_row_without_keys_is_told_in_its_own_terms(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.jsonl", [{"sample_id": "x"}, {"sample_id": "y", "question": "問い", "options": ["甲", "乙"]}])
+    assert faults_of(path, format="jmedbench") == [
+        f"{path}:1: answer_idx: missing; allowed: a position from 0",
+        f"{path}:1: question: missing; allowed: a text that is not empty",
+        f"{path}:1: options: missing; allowed: a list of at most 10 texts",
+        f"{path}:2: answer_idx: missing; allowed: a position from 0 to 1",
+    ]
 
 
 def test_a_folder_of_jmedbench_is_refused(tmp_path: Path) -> None:

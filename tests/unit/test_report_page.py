@@ -6,15 +6,19 @@ import json
 import re
 from pathlib import Path
 
+import plotly.graph_objects as go
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import Plan
+from jmedlora.report.axes import Label, place_labels, score_range
 from jmedlora.report.collect import collect_results
 from jmedlora.report.figures import DRAWN_RUNS, draw_losses, draw_scores
-from jmedlora.report.writer import write_report
-from tests.made_up import base_spec, demo, evaluation_spec, plan_of, run_spec, write_evaluation, write_training
+from jmedlora.report.writer import analyse, write_report
+from tests.made_up import base_spec, demo, evaluation_spec, plan_of, run_spec, write_answers, write_evaluation, write_training
 from tests.reading import Page, rows_of, table_of
 
 
@@ -37,6 +41,57 @@ def test_each_run_is_drawn_from_its_base_on(finished: tuple[Plan, Storage]) -> N
     assert len(across.figures["accuracy"].data) == 7
     bars = [trace for trace in final.figures["accuracy"].data if trace.type == "bar"]
     assert {trace.name for trace in bars} == {"1 epoch", "3 epochs"}
+
+
+@pytest.mark.parametrize(("right", "low", "high"), [(0, -0.02, 0.05), (12, 0.25, 0.35), (40, 0.95, 1.02)])
+def test_axes_of_equal_scores_stay_with_them(tmp_path: Path, right: int, low: float, high: float) -> None:
+    plan, storage = plan_of([base_spec()], [run_spec("aaaaaaaaaaaa")]), Storage(tmp_path)
+    for key, step in (("base00000032", 0), ("aaaaaaaaaaaa", 7)):
+        for evaluation in plan.evaluations:
+            write_answers(storage, key, step, evaluation, [index < right for index in range(40)])
+    by_step, across, final = (each.figures["accuracy"] for each in draw_scores(collect_results(plan, storage), "sample", "alpaca-ja"))
+    axes = [*by_step.select_yaxes(), *across.select_xaxes(), *across.select_yaxes()]
+    assert [axis.range for axis in axes] == [pytest.approx((low, high))] * 4
+    assert {axis.range for axis in final.select_yaxes()} == {(0, final.layout.yaxis.range[1])}
+    assert right / 40 < final.layout.yaxis.range[1] <= 1.02
+
+
+@given(st.lists(st.floats(0, 1), max_size=5))
+def test_axes_hold_their_scores_and_stay_within_what_scores_can_be(values: list[float]) -> None:
+    low, high = score_range(values)
+    assert -0.02 <= low < high <= 1.02
+    assert all(low < value < high for value in values)
+
+
+def test_bars_leave_room_for_their_intervals(finished: tuple[Plan, Storage]) -> None:
+    final = draw_scores(analyse(*finished)[0], "sample", "alpaca-ja")[-1].figures["accuracy"]
+    bars = [trace for trace in final.data if trace.type == "bar"]
+    ends = [y + up for bar in bars for y, up in zip(bar.y, bar.error_y.array, strict=True) if y is not None]
+    assert max(ends) < final.layout.yaxis.range[1] < max(ends) + 0.2
+
+
+def test_labels_of_runs_that_coincide_are_not_written_on_one_another(tmp_path: Path) -> None:
+    plan, storage = plan_of([base_spec()], [run_spec(f"{rank:012d}", rank=rank) for rank in (2, 4, 8)]), Storage(tmp_path)
+    for key, step, right in (("base00000032", 0, 12), ("000000000002", 7, 12), ("000000000004", 7, 12), ("000000000008", 7, 24)):
+        for evaluation in plan.evaluations:
+            write_answers(storage, key, step, evaluation, [index < right for index in range(40)])
+    across = draw_scores(collect_results(plan, storage), "sample", "alpaca-ja")[1].figures["accuracy"]
+    told = {trace.text[-1]: trace.textposition for trace in across.data if trace.text}
+    at_one_point = {"base": "top center", "lora r2 1ep": "bottom center", "lora r4 1ep": "middle right"}
+    assert told == at_one_point | {"lora r8 1ep": "top center"}
+    assert len({trace.meta for trace in across.data}) == 4  # every point is drawn, and tells its name when pointed at
+
+
+def test_labels_take_the_sides_that_are_free() -> None:
+    def sides(*points: tuple[float, float], limits: tuple[float, float] = (0.2, 0.6)) -> list[str | None]:
+        labels = [Label(go.Scatter(x=[x], y=[y]), (x, y), "lora r16 3ep") for x, y in points]
+        place_labels(labels, limits)
+        return [label.trace.textposition for label in labels]
+
+    assert sides((0.4, 0.4), (0.3, 0.5)) == ["top center"] * 2
+    assert sides(*[(0.4, 0.4)] * 5) == ["top center", "bottom center", "middle right", "middle left", None]
+    assert sides((0.4, 0.4), (0.4, 0.43)) == ["bottom center", "top center"]  # no label on another point
+    assert sides((0.0, 0.0), (1.0, 1.0), limits=(-0.02, 1.02)) == ["middle right", "middle left"]
 
 
 def test_many_runs_are_limited_to_the_best_and_long_curves_thinned(tmp_path: Path) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
+from jmedlora.config.benchmark import MetricSettings, PromptConfig
 from jmedlora.evaluation.statistics import bootstrap_interval
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.naming import names_of
 from jmedlora.plan.specs import Plan
-from jmedlora.report.collect import METRICS, collect_results
+from jmedlora.report.collect import METRICS, Score, collect_results
 from jmedlora.report.comparison import change_text, compare_runs
+from jmedlora.report.doubts import doubts_of
 from jmedlora.report.table import costs_csv, table_md
 from jmedlora.report.writer import analyse
-from tests.made_up import base_spec, demo, evaluation_spec, plan_of, run_spec, write_answers, write_evaluation, write_training
+from tests.made_up import PROMPT, base_spec, demo, evaluation_spec, plan_of, run_spec, write_answers, write_evaluation, write_training
 from tests.reading import console_text, rows_of, table_of
 
 CONTRACT = "run_key,model,method,lora_rank,lora_alpha,epochs,step,seed,benchmark,shots,prompt,n,accuracy,exact_match,gestalt_score,scoring"
@@ -143,12 +148,16 @@ def test_table_md_shows_both_shots_side_by_side(finished: tuple[Plan, Storage]) 
     assert body[2].count("(") == 6
 
 
-@pytest.mark.parametrize(("width", "tables"), [(80, 2), (100, 2), (120, 1)])
+@pytest.mark.parametrize(("width", "tables"), [(60, 2), (80, 2), (100, 2), (120, 2), (140, 1)])
 def test_console_sets_shots_side_by_side_where_there_is_room(finished: tuple[Plan, Storage], width: int, tables: int) -> None:
     lines = console_text(*finished, width).splitlines()
     assert max(len(line.rstrip()) for line in lines) <= width
     assert sum("r16 3ep" in line for line in lines) == tables  # no name is broken over two lines
     assert sum(line.strip() == "smollm2-135m" for line in lines) == tables
+    assert "…" not in "".join(lines)  # nothing is cut
+    bounds = [re.findall(r"[.1][0-9]{1,2}-[.1][.0-9]{2}", line) for line in lines]
+    assert {len(each) for each in bounds if each} == {6 // tables}
+    assert any("r16 3ep" in line and each for line, each in zip(lines, bounds, strict=True)) == (width > 60)
 
 
 def test_console_tells_intervals_and_marks_what_is_more_than_luck(tmp_path: Path) -> None:
@@ -160,14 +169,78 @@ def test_console_tells_intervals_and_marks_what_is_more_than_luck(tmp_path: Path
     write_answers(storage, "aaaaaaaaaaaa", 7, plan.evaluations[0], [index % 2 == 0 for index in range(100)])
     write_answers(storage, "bbbbbbbbbbbb", 7, plan.evaluations[0], [index % 5 < 2 for index in range(100)])
     text = console_text(plan, storage)
-    [base] = [line for line in text.splitlines() if "base" in line and "±" in line]
-    assert base.split() == ["base", "0", "0.200±.08", "0.200±.08", "0.200±.08"]
+    [base] = [line for line in text.splitlines() if "  base" in line]
+    assert base.split() == ["base", "0", *["0.200", ".13-.28"] * 3]
     [better] = [line for line in text.splitlines() if "lora r16" in line]
-    assert better.split() == ["lora", "r16", "1ep", "7", "0.500±.10**", "0.500±.10**", "0.500±.10**", "+0.300"]
-    assert "±: half of the 95 % interval over the questions." in text
+    assert better.split() == ["lora", "r16", "1ep", "7", *["0.500", ".40-.60**"] * 3, "+0.300"]
+    assert "95 % interval over the questions (BCa bootstrap; Wilson's where every answer scores the same)" in " ".join(text.split())
     assert "* p < 0.05" in text
     marked = table_md(*analyse(plan, storage))
     assert "**0.500** [0.400, 0.600] (+0.300\\*\\*)" in marked
+
+
+def test_console_shows_both_bounds_of_a_skewed_interval(tmp_path: Path) -> None:
+    """Scores at either end have all their doubt on one side."""
+    plan, storage = plan_of([base_spec()], [run_spec("aaaaaaaaaaaa")], [evaluation_spec(0)]), Storage(tmp_path)
+    write_answers(storage, "base00000032", 0, plan.evaluations[0], [False] * 40)
+    write_answers(storage, "aaaaaaaaaaaa", 7, plan.evaluations[0], [True] * 4)
+    lines = console_text(plan, storage).splitlines()
+    assert [line.split()[2:4] for line in lines if "  base" in line] == [["0.000", ".00-.09"]]
+    assert [line.split()[4:6] for line in lines if "  lora" in line] == [["1.000", ".51-1.0"]]
+
+
+def test_prompts_that_make_no_difference_are_not_told(tmp_path: Path) -> None:
+    other = PromptConfig(name="other-ja", template="Q: {{ instruction }}")
+    evaluations = [evaluation_spec(shots, prompt=prompt) for shots in (0, 1) for prompt in (PROMPT, other)]
+    plan, storage = plan_of([base_spec()], [], evaluations), Storage(tmp_path)
+    for evaluation in evaluations:
+        helped = evaluation.shots and evaluation.prompt.name == "other-ja"
+        write_answers(storage, "base00000032", 0, evaluation, np.arange(40) < (20 if helped else 10))
+    told = [line for line in console_text(plan, storage).splitlines() if line.startswith("prompts,")]
+    assert len(told) == 1
+    assert told[0].startswith("prompts, sample 1-shot: accuracy of one run differs by up to 0.250")
+
+
+def test_many_answers_that_resemble_no_choice_are_warned_of(tmp_path: Path) -> None:
+    plan, storage = plan_of([base_spec()], [run_spec("aaaaaaaaaaaa")], [evaluation_spec(0)]), Storage(tmp_path)
+    [evaluation] = plan.evaluations
+    for key, step, counts in (
+        ("base00000032", 0, {"no_resemblance": 12, "empty_answers": 3, "cut_answers": 40}),
+        ("aaaaaaaaaaaa", 7, {"no_resemblance": 3}),
+    ):
+        write_answers(storage, key, step, evaluation, np.arange(40) < 10)
+        path = storage.run(key).evaluation(evaluation.folder, step) / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | counts))
+    text = console_text(plan, storage)
+    [base] = [line for line in text.splitlines() if "  base" in line]
+    [run] = [line for line in text.splitlines() if "  lora" in line]
+    assert base.split()[2:4] == ["0.250", ".12-.40†§"]
+    assert run.split()[5] == ".12-.40"  # three of forty are few
+    told = " ".join(text.split())
+    assert "† Many answers resemble no choice; they count for the first one: 12 of 40 (smollm2-135m base, 0-shot)." in told
+    assert "§ Many answers were cut off after 24 tokens: 40 of 40 (smollm2-135m base, 0-shot)." in told
+    assert "‡" not in told
+    rows = rows_of(table_of(plan, storage))
+    counts_of = [[row[key] for key in ("no_resemblance", "empty_answers", "cut_answers")] for row in rows]
+    assert counts_of == [["12", "3", "40"], ["3", "", ""]]
+    assert "12 of 40 (smollm2-135m base, 0-shot)" in table_md(*analyse(plan, storage))
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer", "told"),
+    [
+        ({}, "text", "resemble no choice; they count for the first one"),
+        ({"ties": "last"}, "text", "resemble no choice; they count for the last one"),
+        ({"ties": "wrong"}, "text", "resemble no choice; they count as wrong"),
+        ({}, "letters", "name no choice; they count as wrong"),
+    ],
+)
+def test_a_warning_tells_what_such_answers_count_for(settings: dict[str, str], answer: Literal["text", "letters"], told: str) -> None:
+    prompt = PROMPT.model_copy(update={"answer": answer})
+    evaluation = evaluation_spec(0, prompt=prompt).model_copy(update={"metrics": MetricSettings.model_validate(settings)})
+    score = Score(0, evaluation, 40, 0.2, 0.2, 0.2, 1.0, 1.0, doubtful={"no_resemblance": 4})
+    assert [doubt.text for doubt in doubts_of(score)] == [f"4 of 40 answers {told}"]
+    assert doubts_of(replace(score, doubtful={"no_resemblance": 3})) == []
 
 
 def test_bounds_are_the_stored_ones_and_else_computed(tmp_path: Path) -> None:

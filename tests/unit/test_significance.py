@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from statsmodels.stats.multitest import multipletests
 
 from jmedlora.config.benchmark import PromptConfig
 from jmedlora.config.faults import BadInput
-from jmedlora.evaluation.statistics import compare_scores, compare_shares
+from jmedlora.evaluation.statistics import compare_scores, compare_shares, holm
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import EvaluationSpec, Plan
 from jmedlora.report.answers import AnswerBook, pooled
@@ -55,6 +54,11 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Storage, dict
     return three_runs(tmp_path_factory.mktemp("three"))
 
 
+@pytest.fixture(scope="module")
+def of_three(three: tuple[Plan, Storage, dict[str, np.ndarray]]) -> Statistics:
+    return analyse(*three[:2])[1]
+
+
 def row_between(rows: list[Row], run_key: str, other_key: str, metric: str, shots: int = 0) -> Row:
     [row] = [row for row in rows if (row.run_key, row.other_key, row.metric, row.shots) == (run_key, other_key, metric, shots)]
     return row
@@ -63,9 +67,10 @@ def row_between(rows: list[Row], run_key: str, other_key: str, metric: str, shot
 # ---------------------------------------------------------------- what is compared
 
 
-def test_every_run_is_compared_with_its_base_and_with_each_other(three: tuple[Plan, Storage, dict[str, np.ndarray]]) -> None:
-    plan, storage, right = three
-    _, statistics = analyse(plan, storage)
+def test_every_run_is_compared_with_its_base_and_with_each_other(
+    three: tuple[Plan, Storage, dict[str, np.ndarray]], of_three: Statistics
+) -> None:
+    right, statistics = three[2], of_three
     assert len(statistics.against_base) == 3 * 2 * 3
     assert len(statistics.between_runs) == 3 * 2 * 3
     row = row_between(statistics.against_base, "run000000008", "base00000032", "accuracy")
@@ -89,19 +94,17 @@ def _numbers(found: object) -> tuple[float, float, float, float]:
     return tuple(getattr(found, name) for name in ("difference", "low", "high", "p"))  # type: ignore[return-value]
 
 
-def test_holms_families(three: tuple[Plan, Storage, dict[str, np.ndarray]]) -> None:
-    _, statistics = analyse(*three[:2])
+def test_holms_families(of_three: Statistics) -> None:
     for metric in ("accuracy", "exact_match", "gestalt_score"):
-        over_the_sweep = [row for row in statistics.against_base if row.metric == metric]
+        over_the_sweep = [row for row in of_three.against_base if row.metric == metric]
         assert len(over_the_sweep) == 6
         assert_corrected(over_the_sweep)
         for shots in (0, 1):
-            assert_corrected([row for row in statistics.between_runs if (row.metric, row.shots) == (metric, shots)])
+            assert_corrected([row for row in of_three.between_runs if (row.metric, row.shots) == (metric, shots)])
 
 
 def assert_corrected(rows: list[Row]) -> None:
-    expected = multipletests([row.p for row in rows], method="holm")[1]
-    assert [row.p_holm for row in rows] == pytest.approx(expected)
+    assert [row.p_holm for row in rows] == holm([row.p for row in rows])
 
 
 def test_the_last_step_is_compared(tmp_path: Path) -> None:
