@@ -140,8 +140,8 @@ def _print_marks(marks: Marks, console: Console) -> None:
     _print_categories(result, console)
     human = result.human
     if human.when_right is not None and human.when_wrong is not None:
-        told = f"candidates who were right: {human.when_right:.1%} where this was right, {human.when_wrong:.1%} where it was wrong"
-        _say(console, f"{told} ({human.questions} questions)")
+        shares = f"{human.when_right:.1%} of the human candidates, on average, answered correctly what was right here"
+        _say(console, f"{shares}, and {human.when_wrong:.1%} what was wrong here ({human.questions} questions with candidates' results)")
     _say(console, f"verdict: {result.verdict.outcome} ({'; '.join(result.verdict.reasons)})")
     for key, meaning in _TOLD.items():
         if ids := getattr(marks, key):

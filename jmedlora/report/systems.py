@@ -12,7 +12,7 @@ from rich.table import Table
 
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec
-from jmedlora.report.comparison import METRIC_NAMES
+from jmedlora.report.comparison import INTERVALS, METRIC_NAMES
 
 WIDE = 110
 """Columns from which systems stand side by side in one table."""
@@ -41,7 +41,7 @@ def print_systems(found: Sequence[Evaluated], storage: Storage, console: Console
         groups.setdefault(title(one), []).append(one)
     for heading, own in groups.items():
         console.print(_table(heading, own, is_wide))
-    console.print("beside each score: its 95 % interval over the questions (bootstrap; Wilson's where all score the same)", style="dim")
+    console.print(f"beside each score: its {INTERVALS}", style="dim", highlight=False)
     for name, _, evaluation, metrics in found:
         asked = f"{name}, {evaluation.benchmark.name} {evaluation.shots}-shot {evaluation.prompt.name} {_WAYS[evaluation.scoring]}"
         for line in _further(metrics):
