@@ -21,16 +21,21 @@ def rescore_stored(plan: Plan, storage: Storage) -> int:
     Nothing is generated: predictions stay, what follows from them is replaced. Sweeps that share runs may ask for different
     settings; each calls this before it reads scores. Raises BadInput for predictions that are damaged.
     """
+    stale = stale_evaluations(plan, storage)
+    for run_key, step, evaluation, metrics in stale:
+        rescore(storage, run_key, step, evaluation, metrics)
+    return len(stale)
+
+
+def stale_evaluations(plan: Plan, storage: Storage) -> list[tuple[str, int, EvaluationSpec, Record]]:
+    """Run key, step, evaluation and stored metrics of every finished evaluation that is out of date."""
     specs: list[RunSpec | BaseSpec] = [*plan.bases, *plan.runs]
-    stale = [
+    return [
         (spec.run_key, step, evaluation, metrics)
         for spec in specs
         for step, evaluation, metrics in finished_metrics(plan, storage, spec)
         if is_stale(evaluation, metrics)
     ]
-    for run_key, step, evaluation, metrics in stale:
-        rescore(storage, run_key, step, evaluation, metrics)
-    return len(stale)
 
 
 def is_stale(evaluation: EvaluationSpec, metrics: Record) -> bool:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from jmedlora.config.faults import BadInput, Fault, first_line
 from jmedlora.config.sweep import SweepConfig
-from jmedlora.evaluation.rescoring import rescore_stored
+from jmedlora.evaluation.rescoring import rescore_stored, stale_evaluations
 from jmedlora.orchestrator.address import cluster_address, refused
 from jmedlora.orchestrator.environment import ON_HEAD
 from jmedlora.orchestrator.errors import is_told_by, last_line
@@ -61,17 +61,17 @@ def run_sweep(config: SweepConfig, plan: Plan, address: str | None, console: Con
     """
     storage = Storage(config.storage_path)
     folder = storage.sweep(plan.sweep)
+    is_complete = standing(plan, storage).is_complete and folder.report.is_dir() and folder.plan_json.is_file()
+    if is_complete and not stale_evaluations(plan, storage):
+        console.print(f"sweep {plan.sweep} is complete already: nothing to train, nothing to evaluate")
+        return _outcome(plan, storage, [])
     with ExitStack() as stack:
         # another driver is told before Ray takes its time to start; in a new storage nothing is written before the cluster is checked
         begun = folder.ledger.is_dir()
         if begun:
             stack.enter_context(driver_lock(folder))
-        rescored = rescore_stored(plan, storage)
-        if rescored:
+        if rescored := rescore_stored(plan, storage):
             console.print(f"scored {rescored} stored evaluations anew: metric settings or exam rules have changed")
-        if not rescored and standing(plan, storage).is_complete and folder.report.is_dir() and folder.plan_json.is_file():
-            console.print(f"sweep {plan.sweep} is complete already: nothing to train, nothing to evaluate")
-            return _outcome(plan, storage, [])
         joined = cluster_address(address)
         console.print(
             f"sweep {plan.sweep}: {len(plan.runs)} runs over {len(plan.bases)} bases, into {storage.root}", soft_wrap=True, highlight=False

@@ -284,6 +284,8 @@ def test_what_is_written(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         "exact_match": sum(row["exact_match"] for row in rows) / 6,
         "gestalt_score": math.fsum(row["gestalt_score"] for row in rows) / 6,
         **{key: metrics[key] for score in SCORES for key in (f"{score}_low", f"{score}_high")},
+        "empty_answers": sum(row["response"] == "" for row in rows),
+        "no_resemblance": sum(not set(row["response"]) & set("".join(row["choices"])) for row in rows),
         "metric_settings": DEFAULT_METRICS.model_dump(mode="json"),
         "exam_rules": None,
         "scoring": "generate",
