@@ -19,7 +19,7 @@ def shared_data() -> Path:
     if not place:
         pytest.skip("JMEDLORA_SHARED_DATA is not set")
     assert Path(place).is_dir(), f"JMEDLORA_SHARED_DATA={place} is not a folder"
-    return Path(place)
+    return Path(place).resolve()
 
 
 @pytest.fixture(autouse=True)
