@@ -133,8 +133,13 @@ def damage(file: Path, how: str) -> None:
         file.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
-@pytest.mark.parametrize("name", [STATE_TENSORS, STATE_JSON])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *((STATE_TENSORS, how) for how in ("flipped", "truncated", "missing")),
+        *((STATE_JSON, how) for how in ("truncated", "missing")),  # a flipped bit in a date need not matter
+    ],
+)
 def test_of_a_damaged_state_the_one_before_is_used_and_told(name: str, how: str, data_file: Path, tmp_path: Path) -> None:
     spec = run_spec(data_file, checkpoint_every=2, **SETTINGS)
     train(tmp_path / "whole", spec)
@@ -142,8 +147,6 @@ def test_of_a_damaged_state_the_one_before_is_used_and_told(name: str, how: str,
     folder = Storage(tmp_path / "killed").run(spec.run_key)
     assert sorted(folder.states()) == [2, 4]
     damage(folder.state(4) / name, how)
-    if name == STATE_JSON and how == "flipped":
-        pytest.skip("a flipped bit in a blank or a date need not matter")
     assert train(tmp_path / "killed", spec) == [3, 4, 5, 6, 7]
     told = read_run(Storage(tmp_path / "killed"), spec.run_key)
     assert told is not None
