@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -17,6 +18,7 @@ FILE_NAME = r"^[\w-][\w.-]*$"
 REPOSITORY = r"^[\w.-]+/[\w.-]+$"
 COMMIT = r"^[0-9a-f]{40}$"
 URL = r"^https?://\S+$"
+_OPENAI = re.compile(r"https://([\w-]+\.)*openai\.com(/|$)", re.IGNORECASE)
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 Text = Annotated[str, Field(min_length=1)]
 
@@ -91,8 +93,9 @@ class ApiSource(Part):
     """The name by which the server knows the model."""
     endpoint: Literal["chat", "completions"] = "chat"
     """`completions` sends the prompt as plain text; `chat` sends it as messages."""
-    key_env: Annotated[str, Field(pattern=VARIABLE)] = "OPENAI_API_KEY"
-    """Environment variable that holds the key; the key itself never stands in a configuration."""
+    key_env: Annotated[str, Field(pattern=VARIABLE)] = "JMEDLORA_API_KEY"
+    """Environment variable that holds the key; the key itself never stands in a configuration. Left out: OPENAI_API_KEY for
+    OpenAI's own hosts alone, so that no other server is sent a key that was meant for them."""
     max_concurrency: Annotated[Whole, Field(ge=1)] = 8
     timeout_s: Annotated[Number, Field(gt=0)] = 120
     max_retries: Annotated[Whole, Field(ge=0)] = 8
@@ -107,6 +110,12 @@ class ApiSource(Part):
     output_price: Annotated[Number, Field(ge=0)] | None = None
     """Money per million new tokens."""
     currency: str = "USD"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _key_of_openai(cls, value: Any) -> Any:
+        address = str(value.get("base_url", "")) if isinstance(value, dict) else ""
+        return {"key_env": "OPENAI_API_KEY", **value} if _OPENAI.match(address) else value
 
 
 ModelSource = Annotated[HubSource | PathSource | GgufSource | RandomSource | NamedSource | ApiSource, Field(discriminator="kind")]

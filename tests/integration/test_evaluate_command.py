@@ -86,7 +86,8 @@ def test_a_folder_in_hugging_face_format_goes_by_its_own_name(tmp_path: Path, mo
 
 
 def test_an_address_that_fails_ends_with_1_and_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-not-to-be-seen")
+    monkeypatch.setenv("JMEDLORA_API_KEY", "sk-not-to-be-seen")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-for-openai-alone")
     is_ill = True
     with api_server(lambda prompt, attempt: "401" if is_ill and "胆汁" in prompt else "ok") as server:
         url = server.url
@@ -97,6 +98,7 @@ def test_an_address_that_fails_ends_with_1_and_goes_on_where_it_stood(tmp_path: 
         is_ill = False
         found = json.loads(run_jmedlora("evaluate", "served", "--base-url", url, "--first", "5", "--json", cwd=tmp_path).stdout)
         assert found[0]["n"] == 5 and found[0]["cached_answers"] == 5 - (server.requests - asked)
+        assert server.authorisations == {"Bearer sk-not-to-be-seen"}
         after = server.requests
         run_jmedlora("evaluate", "served", "--base-url", url, "--first", "5", cwd=tmp_path)
         assert server.requests == after

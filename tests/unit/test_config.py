@@ -11,6 +11,7 @@ from jmedlora.config.compose import load_sweep
 from jmedlora.config.composition import sweep_names
 from jmedlora.config.faults import BadInput
 from jmedlora.config.locate import conf_dir
+from jmedlora.config.parts import ApiSource
 
 SWEEP = {
     "grid": {"model": ["tiny-llama"], "method": ["lora"], "rank": [2, 4], "epochs": [1]},
@@ -329,3 +330,20 @@ def test_nonsense_on_the_command_line_is_told(override: str, told: str) -> None:
     assert any(told in line for line in lines), lines
     assert len(lines) == 1, lines
     assert lines[0].startswith("command line: ")
+
+
+@pytest.mark.parametrize(
+    ("url", "variable"),
+    [
+        ("https://api.openai.com/v1", "OPENAI_API_KEY"),
+        ("https://eu.api.openai.com", "OPENAI_API_KEY"),
+        ("https://openai.com.evil.example/v1", "JMEDLORA_API_KEY"),
+        ("https://notopenai.com/v1", "JMEDLORA_API_KEY"),
+        ("https://evil.example/https://api.openai.com/v1", "JMEDLORA_API_KEY"),
+        ("http://api.openai.com/v1", "JMEDLORA_API_KEY"),
+        ("http://127.0.0.1:8000/v1", "JMEDLORA_API_KEY"),
+    ],
+)
+def test_openais_key_goes_to_openai_alone(url: str, variable: str) -> None:
+    assert ApiSource(kind="api", base_url=url, model="m").key_env == variable
+    assert ApiSource(kind="api", base_url=url, model="m", key_env="OWN").key_env == "OWN"
