@@ -7,10 +7,10 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from jmedlora.cli.common import FAILED, INTERRUPTED, AsJson, Overrides, page
 from jmedlora.cli.data import name_of_file, own_questions
@@ -52,26 +52,24 @@ def evaluate(
         config, planned = open_sweep(SWEEP, [*options, *(overrides or [])])
     except BadInput as bad:
         raise BadInput([_as_typed(fault) for fault in bad.faults]) from None
-    from jmedlora.evaluation.rescoring import rescore_stored
-    from jmedlora.plan.layout import Storage
-
     if planned.missing:
         from jmedlora.orchestrator.preflight import fetch_missing
 
         planned = fetch_missing(config, planned)
     from jmedlora.evaluation.endpoint import EndpointFailed
     from jmedlora.evaluation.systems import evaluate_systems
+    from jmedlora.plan.layout import Storage
     from jmedlora.report.systems import print_systems, systems_as_json
 
     storage = Storage(config.storage_path)
-    rescore_stored(planned, storage)
     console = page()
     try:
         with Progress(console=console, transient=True, disable=not console.is_terminal or as_json) as progress:
-            bars: dict[str, Any] = {}
+            bars: dict[str, TaskID] = {}
 
             def show(what: str, done: int, total: int) -> None:
-                bars.setdefault(what, progress.add_task(what, total=total) if what not in bars else bars[what])
+                if what not in bars:
+                    bars[what] = progress.add_task(what, total=total)
                 progress.update(bars[what], completed=done)
 
             found = list(evaluate_systems(planned, storage, config.sources_path, config.offline, adapter, show))

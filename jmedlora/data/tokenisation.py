@@ -53,12 +53,6 @@ def encode_choice(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def encode_answer(tokenizer: PreTrainedTokenizerBase, text: str, max_target_tokens: int) -> list[int]:
-    """Token ids of an answer and the end-of-text token, at most `max_target_tokens` together; a long answer loses its end."""
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    return [*ids[: max_target_tokens - 1], _end_of_text(tokenizer)]
-
-
 def tokenise_rows(
     rows: Sequence[Instruction],
     prompt: PromptConfig,

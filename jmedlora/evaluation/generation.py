@@ -39,19 +39,6 @@ class Generation:
     truncated_prompts: int
 
 
-def generate_responses(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    batch_size: int,
-    device: torch.device | str,
-) -> Generation:
-    """Answer each prompt greedily with at most `max_new_tokens` tokens; see `encode_prompts` and `decode_greedily`."""
-    encoded = encode_prompts(tokenizer, prompts, max_prompt_tokens(model, max_new_tokens))
-    return decode_greedily(model, tokenizer, encoded, max_new_tokens, batch_size, device)
-
-
 def max_prompt_tokens(model: PreTrainedModel, max_new_tokens: int) -> int:
     """What the model's positions leave for a prompt; raises BadInput where that is nothing."""
     positions: int = model.config.max_position_embeddings

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from jmedlora.config.faults import BadInput
 from jmedlora.config.parts import Family
-from jmedlora.evaluation.generation import Generation, decode_greedily, encode_prompts, generate_responses, max_prompt_tokens
+from jmedlora.evaluation.generation import Generation, decode_greedily, encode_prompts, max_prompt_tokens
 from jmedlora.evaluation.metrics import first_line_is_complete
 from jmedlora.models.random_models import build_model, byte_tokenizer
 from tests.tiny import tiny_model
@@ -51,6 +51,13 @@ def model(request: pytest.FixtureRequest) -> Iterator[PreTrainedModel]:
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
     return byte_tokenizer()
+
+
+def generate_responses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int, batch_size: int, device: str
+) -> Generation:
+    encoded = encode_prompts(tokenizer, prompts, max_prompt_tokens(model, max_new_tokens))
+    return decode_greedily(model, tokenizer, encoded, max_new_tokens, batch_size, device)
 
 
 def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int) -> Generation:

@@ -5,7 +5,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from jmedlora.data.rows import Instruction
-from jmedlora.data.tokenisation import encode_answer, encode_prompt, tokenise_rows
+from jmedlora.data.tokenisation import encode_prompt, tokenise_rows
 from jmedlora.models.random_models import byte_tokenizer
 from tests.tiny import PROMPT
 
@@ -52,13 +52,19 @@ def test_a_long_prompt_keeps_bos_and_its_end(tokenizer: PreTrainedTokenizerFast)
     assert encode_prompt(tokenizer, "abc", 1) == [BOS]
 
 
-def test_an_answer_ends_with_eos_even_when_cut(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert encode_answer(tokenizer, "abc", 4) == [*tokenizer("abc", add_special_tokens=False).input_ids, EOS]
-    cut = encode_answer(tokenizer, "abcdef", 4)
+def answer_of(tokenizer: PreTrainedTokenizerFast, text: str, most: int, cache: Path) -> list[int]:
+    """The tokens of a row's answer, as training sees them."""
+    row = tokenise_rows([Instruction("問い", "", text)], PROMPT, tokenizer, f"{text}-{most}", 64, most, cache)[0]
+    return list(row["input_ids"][row["prompt_length"] :])
+
+
+def test_an_answer_ends_with_eos_even_when_cut(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    assert answer_of(tokenizer, "abc", 4, tmp_path) == [*tokenizer("abc", add_special_tokens=False).input_ids, EOS]
+    cut = answer_of(tokenizer, "abcdef", 4, tmp_path)
     assert len(cut) == 4
     assert cut[-1] == EOS
     assert tokenizer.decode(cut[:-1]) == "abc"
-    assert encode_answer(tokenizer, "abc", 1) == [EOS]
+    assert answer_of(tokenizer, "abc", 1, tmp_path) == [EOS]
 
 
 def test_rows_are_prompt_and_answer(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -69,7 +75,7 @@ def test_rows_are_prompt_and_answer(tokenizer: PreTrainedTokenizerFast, tmp_path
     for place in (0, 1, 2, 1501, 2099):
         row, ids, start = rows[place], dataset[place]["input_ids"], dataset[place]["prompt_length"]
         assert ids[:start] == encode_prompt(tokenizer, f"{row.instruction}\n{row.input}\n答え：", 40)
-        assert ids[start:] == encode_answer(tokenizer, row.output, 12)
+        assert ids[start:] == [*tokenizer(row.output, add_special_tokens=False).input_ids[:11], EOS]
     assert dataset["truncated"][:3] == [False, True, True]
 
 
