@@ -28,3 +28,23 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
     for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JMEDLORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def sweep_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JMEDLORA_CACHE of sweeps in processes of their own."""
+    return tmp_path_factory.getbasetemp() / "cache"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, sweep_cache: Path) -> Path:
+    """The results folder of the sweep that faults are injected into, without any: run once per session."""
+    from tests.faults import DisturbedSweep
+
+    sweep = DisturbedSweep(tmp_path_factory.mktemp("undisturbed"), sweep_cache)
+    try:
+        sweep.run_to_the_end()
+        assert sweep.leftovers() == []
+    finally:
+        sweep.stop()
+    return sweep.storage.root

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from jmedlora.cli.common import HELD, INTERRUPTED, AsJson, Overrides, SweepArgument, page
+from jmedlora.cli.common import FAILED, HELD, INTERRUPTED, AsJson, Overrides, SweepArgument, page
 from jmedlora.config.compose import load_sweep
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.locate import cache_dir
@@ -19,8 +19,11 @@ from jmedlora.config.sweep import SweepConfig
 
 if TYPE_CHECKING:
     from jmedlora.orchestrator.driver import Outcome
+    from jmedlora.plan.layout import Storage
+    from jmedlora.plan.specs import Plan
     from jmedlora.report.collect import Results
     from jmedlora.report.significance import Statistics
+    from jmedlora.report.writer import ReportFiles
 
 Address = Annotated[str | None, typer.Option(help="A Ray cluster; left out: RAY_ADDRESS, or a Ray of its own on this machine.")]
 
@@ -102,20 +105,48 @@ def status(sweep: SweepArgument, overrides: Overrides = None, as_json: AsJson = 
     names = names_of(planned)
     print(", ".join(f"{len(keys)} {name}" for name, keys in state.runs.items()) + f" of {len(planned.runs)} runs")
     print(f"{state.evaluations_done} of {state.evaluations} evaluations done")
+    if state.checkpoints_removed:
+        print(f"weights of {state.checkpoints_removed} of {state.checkpoints} checkpoints removed (keep: {planned.keep})")
     for key, error in state.errors.items():
         print(f"failed: {names[key]} ({key}): {' '.join(error.split())}")
 
 
-def report(sweep: SweepArgument, overrides: Overrides = None) -> None:
+def report(
+    sweep: SweepArgument,
+    overrides: Overrides = None,
+    rebuild_mlflow: Annotated[bool, typer.Option("--rebuild-mlflow", help="Also write MLflow again, from storage alone.")] = False,
+) -> None:
     """Write tables, plots and the HTML page of a sweep again from what is stored."""
     config = _stored_config(sweep, overrides)
     planned = _stored_plan(config.storage_path, config.name)
     from jmedlora.plan.layout import Storage
-    from jmedlora.report.writer import write_report
 
-    files = write_report(planned, Storage(config.storage_path))
+    storage = Storage(config.storage_path)
+    if rebuild_mlflow:
+        files = _rebuild_mlflow(planned, storage)
+    else:
+        from jmedlora.report.writer import write_report
+
+        files = write_report(planned, storage)
     _print_comparison(page(), files.results, files.statistics)
     print(f"report: {files.page}")
+
+
+def _rebuild_mlflow(planned: Plan, storage: Storage) -> ReportFiles:
+    from jmedlora.orchestrator.ledger import HeldByAnother
+    from jmedlora.orchestrator.rebuild import rebuild_mlflow
+    from jmedlora.tracking.trouble import NotTracked
+
+    try:
+        files, runs = rebuild_mlflow(planned, storage)
+    except HeldByAnother as held:
+        print(f"jmedlora: sweep {planned.sweep} is {held}", file=sys.stderr)
+        raise typer.Exit(HELD) from None
+    except NotTracked as why:
+        print(f"jmedlora: MLflow could not be written: {why}", file=sys.stderr)
+        raise typer.Exit(FAILED) from None
+    print(f"MLflow: {runs} runs and bases of {planned.sweep} are as storage holds them")
+    return files
 
 
 def ui(
@@ -166,6 +197,10 @@ def _stored_plan(storage: Path, name: str) -> Any:
 
 def _print_outcome(console: Console, sweep: str, storage: Path, name: str, outcome: Outcome) -> None:
     if outcome.exit_code == INTERRUPTED:
+        _print_problems(console, outcome)
+        runs = {status: len(keys) for status, keys in outcome.standing.runs.items()}
+        saved = f", {runs['interrupted']} stopped in the middle and saved" if runs["interrupted"] else ""
+        console.print(f"{runs['finished']} of {sum(runs.values())} runs finished{saved}", highlight=False)
         console.print("interrupted; the same command goes on from here")
         return
     if outcome.report is not None:
@@ -175,12 +210,16 @@ def _print_outcome(console: Console, sweep: str, storage: Path, name: str, outco
         from jmedlora.report.writer import analyse
 
         _print_comparison(console, *analyse(_stored_plan(storage, name), Storage(storage)))
-    for problem in outcome.problems:
-        console.print(Text(f"problem: {' '.join(problem.split())}", style="red"), soft_wrap=True)
+    _print_problems(console, outcome)
     console.print(f"report: {storage / 'sweeps' / name / 'report' / 'index.html'}", soft_wrap=True, highlight=False)
     change = "" if storage == Path.cwd() / "results" else f" storage={storage}"
     command = sys.argv[0] if Path(sys.argv[0]).name == "jmedlora" else "jmedlora"
     console.print(f"MLflow: {command} ui {sweep}{change}", soft_wrap=True, highlight=False)
+
+
+def _print_problems(console: Console, outcome: Outcome) -> None:
+    for problem in outcome.problems:
+        console.print(Text(f"problem: {' '.join(problem.split())}", style="red"), soft_wrap=True)
 
 
 def _print_comparison(console: Console, results: Results, statistics: Statistics) -> None:

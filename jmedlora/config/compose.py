@@ -100,6 +100,7 @@ class _SweepReader:
         self._refuse_repeats(prompts, "prompts")
         self._refuse_repeats(references, "references")
         self._refuse_repeats(list(file.evaluate.scoring), "evaluate.scoring")
+        self._check_keep(file, prompts)
         self._check_storage(file)
         resources = self.reader.read("resources", ResourcesConfig, file.resources, "resources")
         if resources:
@@ -123,6 +124,7 @@ class _SweepReader:
             shots=file.shots,
             evaluation_prompts=prompts,
             evaluate=file.evaluate,
+            keep=file.keep,
             resources=resources,
             storage=absolute(file.storage, self.origin.base("storage")),
             sources=absolute(file.sources, self.origin.base("sources")),
@@ -200,6 +202,19 @@ class _SweepReader:
             for name in ("model", "method"):
                 if name not in own and name not in training:
                     self._fault(f"{key}.{name}", "missing", f"at least one {name}")
+
+    def _check_keep(self, file: SweepFile, prompts: list[str]) -> None:
+        """The score that `best` is about must be one that the sweep has."""
+        by = file.keep.by
+        known: list[tuple[str, object, list[object]]] = [
+            ("benchmark", by.benchmark, [part.name for part in self.benchmarks]),
+            ("shots", by.shots, [*file.shots]),
+            ("prompt", by.prompt, [*prompts]),
+            ("scoring", by.scoring, [*file.evaluate.scoring]),
+        ]
+        for name, value, values in known:
+            if value is not None and values and value not in values:
+                self._fault(f"keep.by.{name}", f"{value!r} is not among the sweep's", unknown_name(str(value), map(str, values)))
 
     def _check_storage(self, file: SweepFile) -> None:
         if IN_RAY_JOB in os.environ and not is_remote(file.storage) and not Path(file.storage).is_absolute():

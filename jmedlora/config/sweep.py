@@ -33,6 +33,27 @@ class EvaluateConfig(Part):
     batch_size: Annotated[Whole, Field(ge=1)] = 16
 
 
+class KeepBy(Part):
+    """What the best checkpoint is best at; what is left out is the first that the sweep lists."""
+
+    metric: Literal["accuracy", "exact_match", "gestalt_score"] = "accuracy"
+    benchmark: Name | None = None
+    shots: Annotated[Whole, Field(ge=0)] | None = None
+    prompt: Name | None = None
+    scoring: ScoringWay | None = None
+
+
+class KeepConfig(Part):
+    """Which weights stay on disk once everything that is asked of a checkpoint is evaluated. Scores and predictions always stay."""
+
+    checkpoints: Literal["all", "last", "best"] | Annotated[Whole, Field(ge=1)] = "all"
+    """`last`: the newest; `best`: the one with the best score, the earlier of equals, and the newest; a number: the newest so many."""
+    by: KeepBy = KeepBy()
+    """For `best`: the score that is compared."""
+    state: Literal["keep", "drop"] = "keep"
+    """Whether a finished run's resumable state stays, three times as large as its adapter."""
+
+
 class SweepFile(Part):
     """The keys of a sweep file. Values of the grid are checked one by one against RunSettings."""
 
@@ -49,6 +70,7 @@ class SweepFile(Part):
     training: dict[str, Any] = {}
     """Settings of every run that the grid does not vary."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    keep: KeepConfig = KeepConfig()
     deepspeed: PartEntry = "zero0"
     resources: PartEntry = "local"
     storage: Text = "results"
@@ -80,6 +102,7 @@ class SweepConfig(Part):
     shots: list[int]
     evaluation_prompts: list[str]
     evaluate: EvaluateConfig
+    keep: KeepConfig
     resources: ResourcesConfig
     storage: str
     sources: str

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, load_peft_weights, set_peft_model_state_dict
 
+from jmedlora import __version__
 from jmedlora.config.benchmark import PromptConfig
 from jmedlora.config.parts import ModelConfig, Precision
 from jmedlora.data.benchmarks import load_benchmark
@@ -19,13 +24,17 @@ from jmedlora.data.prompts import target_of
 from jmedlora.data.rows import LETTERS, Instruction, Question
 from jmedlora.data.tokenisation import encode_choice, prompt_text
 from jmedlora.evaluation.generation import EncodedPrompts, decode_greedily, encode_prompts, max_prompt_tokens
+from jmedlora.evaluation.journal import Journal
 from jmedlora.evaluation.likelihood import weigh_choices
 from jmedlora.evaluation.results import Answers, asked_rows, write_results
 from jmedlora.models.adapters import adapter_digest, verify
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.source import materialise
+from jmedlora.plan.identity import model_identity
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import EvaluationSpec
+
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 class AdapterHasNoEffect(Exception):
@@ -44,6 +53,11 @@ class _Task:
     prompts: EncodedPrompts
     choices: list[list[list[int]]]
     """Token ids of each question's choices; empty where answers are generated."""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 in hex of all that the model is given."""
+        return hashlib.sha256(json.dumps([self.prompts.token_ids, self.choices]).encode()).hexdigest()
 
 
 class Evaluator:
@@ -68,6 +82,13 @@ class Evaluator:
         folder = materialise(model, sources, offline)
         self._tokenizer = load_tokenizer(folder)
         self._base = load_base(folder, precision, compute_precision, double_quantisation, self.device)
+        self._base_facts = {
+            "model": model_identity(model, folder),
+            "folder": folder.name,  # of a model from the hub: its commit
+            "precision": [precision, compute_precision, double_quantisation],
+            "versions": {"jmedlora": __version__, **{library: version(library) for library in _LIBRARIES}},
+            "device": self._device_name(),
+        }
         self._sources = sources
         self._adapted: PeftModel | None = None
         self._adapter_digest: str | None = None
@@ -84,7 +105,8 @@ class Evaluator:
         """Score the checkpoint of `run_key` after `step` steps, or the bare base model where `step` is 0.
 
         Writes predictions.jsonl, then metrics.json, into the evaluation's folder, and returns the metrics. Answers are generated
-        or choices weighed, as the evaluation says. `on_progress(done, total)` is called with numbers of questions.
+        or choices weighed, as the evaluation says. `on_progress(done, total)` is called with numbers of questions. Goes on from the
+        answers that a start which was killed has left.
         Raises AdapterDamaged when the checkpoint is not what its checksums say, AdapterDoesNotFit, AdapterHasNoEffect, and
         BadInput when the benchmark does not fit the evaluation.
         """
@@ -95,21 +117,27 @@ class Evaluator:
         else:
             self._unload_adapter()
         total = len(task.questions)
-        answers, new_tokens = self._answers(task, evaluation, (lambda done: on_progress(done, total)) if on_progress else None)
-        facts = {
-            "adapter_digest": self._adapter_digest,
-            "prompt_tokens": task.prompts.tokens,
-            "new_tokens": new_tokens,
-            "truncated_prompts": task.prompts.truncated,
-            "seconds": time.perf_counter() - started,
-            "device": self._device_name(),
-        }
-        return write_results(storage, run_key, step, evaluation, task.questions, answers, facts)
+        on_batch = (lambda done: on_progress(done, total)) if on_progress else None
+        identity = {"adapter": self._adapter_digest, "asked": task.digest, **self._base_facts}
+        with Journal(storage, run_key, step, evaluation, identity, started) as journal:
+            answers, new_tokens = self._answers(task, evaluation, journal, on_batch)
+            facts = {
+                "adapter_digest": self._adapter_digest,
+                "prompt_tokens": task.prompts.tokens,
+                "new_tokens": new_tokens,
+                "truncated_prompts": task.prompts.truncated,
+                "batch_size": journal.batch_size,
+                "seconds": journal.earlier_s + time.perf_counter() - started,
+                "device": self._device_name(),
+            }
+            return write_results(storage, run_key, step, evaluation, task.questions, answers, facts)
 
-    def _answers(self, task: _Task, evaluation: EvaluationSpec, on_batch: Callable[[int], None] | None) -> tuple[Answers, int]:
+    def _answers(
+        self, task: _Task, evaluation: EvaluationSpec, journal: Journal, on_batch: Callable[[int], None] | None
+    ) -> tuple[Answers, int]:
         """The answers, and the tokens that were generated or weighed."""
         if evaluation.scoring == "loglikelihood":
-            likelihoods = weigh_choices(self._base, task.prompts, task.choices, evaluation.batch_size, self.device, on_batch)
+            likelihoods = weigh_choices(self._base, task.prompts, task.choices, evaluation.batch_size, self.device, on_batch, journal)
             return Answers([], likelihoods), sum(sum(each.tokens) for each in likelihoods)
         generation = decode_greedily(
             self._base,
@@ -120,6 +148,7 @@ class Evaluator:
             self.device,
             on_batch,
             evaluation.prompt.answer_marker,
+            journal,
         )
         return Answers(generation.texts, []), generation.new_tokens
 

@@ -10,8 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.data.tokenisation import encode_prompt
+from jmedlora.evaluation.batching import answer_in_batches
+from jmedlora.evaluation.journal import AnswersSoFar
 from jmedlora.evaluation.metrics import answer_is_complete
-from jmedlora.evaluation.prefix import Prefix, batches_of_similar_length, lay_out, read_shared_prefix
+from jmedlora.evaluation.prefix import Prefix, lay_out, read_shared_prefix
 
 # Finished rows are dropped from a batch once they are a quarter of it: dropping copies the cache, keeping computes them in vain.
 _KEPT_SHARE = 0.75
@@ -66,26 +68,26 @@ def decode_greedily(
     device: torch.device | str,
     on_batch: Callable[[int], None] | None = None,
     marker: str | None = None,
+    so_far: AnswersSoFar | None = None,
 ) -> Generation:
     """Answer each prompt with the most likely token at every step, in batches of prompts of similar length.
 
     A row ends at an end-of-sequence token, or once a line break follows text, since only the first line is scored; with a
     `marker`, once a line break follows the text behind it.
     What the model's generation_config says of sampling or penalties plays no part. `on_batch` is called after each batch
-    with the number of prompts answered so far.
+    with the number of prompts answered so far. Prompts that `so_far` (token ids by position) answers are not asked again, and it
+    takes what is answered. A batch that does not fit into memory is halved.
     """
+    so_far = so_far or AnswersSoFar(batch_size)
     stop = _StopRule(model, tokenizer, marker)
     token_ids = prompts.token_ids
     prefix = read_shared_prefix(model, token_ids, device)
-    answers: list[list[int]] = [[] for _ in token_ids]
-    answered = 0
-    for rows in batches_of_similar_length(token_ids, batch_size):
-        batch = _decode_batch(model, [token_ids[row] for row in rows], prefix, stop, max_new_tokens, device)
-        for row, answer in zip(rows, batch, strict=True):
-            answers[row] = answer
-        answered += len(rows)
-        if on_batch is not None:
-            on_batch(answered)
+
+    def decode(rows: list[int]) -> list[list[int]]:
+        return _decode_batch(model, [token_ids[row] for row in rows], prefix, stop, max_new_tokens, device)
+
+    answer_in_batches(token_ids, decode, so_far, batch_size, on_batch=on_batch)
+    answers: list[list[int]] = [so_far.answers[row] for row in range(len(token_ids))]
     return Generation([stop.text(answer) for answer in answers], prompts.tokens, sum(map(len, answers)), prompts.truncated)
 
 

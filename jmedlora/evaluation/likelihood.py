@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from jmedlora.evaluation.batching import answer_in_batches
 from jmedlora.evaluation.generation import EncodedPrompts
-from jmedlora.evaluation.prefix import PromptBatch, batches_of_similar_length, lay_out, read_shared_prefix
+from jmedlora.evaluation.journal import AnswersSoFar
+from jmedlora.evaluation.prefix import PromptBatch, lay_out, read_shared_prefix
 from jmedlora.evaluation.results import Likelihoods
 
 
@@ -20,29 +23,33 @@ def weigh_choices(
     batch_size: int,
     device: torch.device | str,
     on_batch: Callable[[int], None] | None = None,
+    so_far: AnswersSoFar | None = None,
 ) -> list[Likelihoods]:
     """For each prompt, the sum of the log-probabilities of each of its choices' tokens (nats), in the prompts' order.
 
     `choices`: the token ids of each prompt's choices, at least one token each. A batch holds at most `batch_size` continuations
     (at least one question's). Prompts are read once: their keys and values are shared by their choices, and those of what all
-    prompts begin with by all. `on_batch` is called after each batch with the number of prompts done so far.
+    prompts begin with by all. `on_batch` is called after each batch with the number of prompts done so far. Prompts that are
+    in `so_far` (`sums` and `tokens` by position) are not weighed again, and it takes what is. A batch that does not fit into
+    memory is halved.
     """
+    so_far = so_far or AnswersSoFar(batch_size)
     token_ids = prompts.token_ids
     widest = max((len(each) for each in choices), default=1)
     prefix = read_shared_prefix(model, token_ids, device)
-    result: dict[int, Likelihoods] = {}
-    for rows in batches_of_similar_length(token_ids, max(1, batch_size // widest)):
+
+    def weigh(rows: list[int]) -> list[dict[str, list[Any]]]:
         batch = lay_out([token_ids[row] for row in rows], prefix, device)
-        weighed = _weigh_batch(model, batch, [choices[row] for row in rows], device)
-        result |= dict(zip(rows, weighed, strict=True))
-        if on_batch is not None:
-            on_batch(len(result))
-    return [result[row] for row in range(len(token_ids))]
+        return _weigh_batch(model, batch, [choices[row] for row in rows], device)
+
+    answer_in_batches(token_ids, weigh, so_far, batch_size, widest, on_batch)
+    weighed = (so_far.answers[row] for row in range(len(token_ids)))
+    return [Likelihoods(tuple(each["sums"]), tuple(each["tokens"])) for each in weighed]
 
 
 def _weigh_batch(
     model: PreTrainedModel, batch: PromptBatch, choices: Sequence[Sequence[list[int]]], device: torch.device | str
-) -> list[Likelihoods]:
+) -> list[dict[str, list[Any]]]:
     """One batch: the prompts once, then all their choices as rows behind them."""
     output = model(
         input_ids=batch.tokens,
@@ -61,7 +68,7 @@ def _weigh_batch(
         for index, value in enumerate(_weigh_rests(model, batch, owners, continuations, width, device)):
             sums[index] += value
     values, lengths = iter(sums), iter(map(len, continuations))
-    return [Likelihoods(tuple(next(values) for _ in own), tuple(next(lengths) for _ in own)) for own in choices]
+    return [{"sums": [next(values) for _ in own], "tokens": [next(lengths) for _ in own]} for own in choices]
 
 
 def _weigh_rests(

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-
-# Prompts of one batch differ in length by at most this: what a longer one adds, all others are padded with.
-_WIDEST_SHARE, _SLACK_TOKENS = 1.3, 32
 
 
 @dataclass(frozen=True)
@@ -61,16 +57,3 @@ def lay_out(prompts: list[list[int]], prefix: Prefix, device: torch.device | str
     mask = torch.tensor([[1] * prefix.length + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=device)
     positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, prefix.length :]
     return PromptBatch(tokens, mask, positions, prefix.repeated(len(prompts)))
-
-
-def batches_of_similar_length(token_ids: list[list[int]], batch_size: int) -> Iterator[list[int]]:
-    """Positions of the prompts from short to long, in batches of at most `batch_size` that need little padding together."""
-    batch: list[int] = []
-    for row in sorted(range(len(token_ids)), key=lambda i: (len(token_ids[i]), i)):
-        too_long = batch and len(token_ids[row]) > _WIDEST_SHARE * len(token_ids[batch[0]]) + _SLACK_TOKENS
-        if too_long or len(batch) == batch_size:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch

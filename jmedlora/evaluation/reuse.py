@@ -7,6 +7,7 @@ import shutil
 from typing import Any
 
 from jmedlora.data.atomic import appearing
+from jmedlora.evaluation.journal import remove_journals
 from jmedlora.plan.layout import METRICS, PREDICTIONS, Storage
 from jmedlora.plan.specs import EvaluationSpec
 
@@ -25,4 +26,5 @@ def adopt_evaluation(storage: Storage, evaluation: EvaluationSpec, source: tuple
     with appearing(new) as aside:
         shutil.copyfile(old / PREDICTIONS, aside / PREDICTIONS)
         (aside / METRICS).write_text(json.dumps(metrics, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    remove_journals(storage, target[0], target[1], evaluation)
     return metrics

@@ -17,7 +17,7 @@ from jmedlora.config.digest import digest
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.parts import ModelConfig
 from jmedlora.data.atomic import appearing
-from jmedlora.plan.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKSUMS
+from jmedlora.plan.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKSUMS, REMOVED, WEIGHTS_ON_THEIR_WAY_OUT
 
 
 class AdapterDamaged(Exception):
@@ -49,7 +49,7 @@ def adopt_adapter(source: Path, folder: Path) -> None:
     """
     missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (source / name).is_file()]
     if missing:
-        problem = f"{source} has no {' and no '.join(missing)}"
+        problem = f"{source} has no {' and no '.join(missing)}{_why_gone(source)}"
         raise BadInput([Fault("command line", "--adapter", problem, "an adapter's folder in PEFT's format, with safetensors")])
     if (source / CHECKSUMS).is_file():
         verify(source)
@@ -64,9 +64,25 @@ def verify(folder: Path) -> None:
     for name, facts in _checksums(folder).items():
         file = folder / name
         if not file.is_file():
-            raise AdapterDamaged(f"{file}: missing")
+            raise AdapterDamaged(f"{file}: missing{_why_gone(folder)}")
         if _facts(file) != facts:
             raise AdapterDamaged(f"{file}: differs from its checksum")
+
+
+def verify_what_is_left(folder: Path) -> None:
+    """The same, except that weights which a keep rule has removed are not missed."""
+    try:
+        verify(folder)
+    except AdapterDamaged:
+        config = folder / ADAPTER_CONFIG
+        known = _checksums(folder)[ADAPTER_CONFIG]
+        if not _why_gone(folder) or not config.is_file() or _facts(config) != known:
+            raise
+
+
+def _why_gone(folder: Path) -> str:
+    gone = any((folder / name).is_file() for name in (REMOVED, WEIGHTS_ON_THEIR_WAY_OUT))
+    return ": its weights were removed by a keep rule" if gone else ""
 
 
 def adapter_digest(folder: Path) -> str:

@@ -10,6 +10,8 @@ from typing import Literal
 
 import bitsandbytes.nn.modules
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -43,6 +45,38 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def quantised(linear: nn.Linear, compute: torch.dtype, double_quantisation: bool) -> Linear4bit:
+    """A layer as NF4, on its device, as `load_base` would load it."""
+    _keep_packing(linear.weight.device)
+    layer = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=compute,
+        compress_statistics=double_quantisation,
+        quant_type="nf4",
+        quant_storage=compute,
+        device="meta",
+    )
+    packed = Params4bit(
+        linear.weight.data,
+        requires_grad=False,
+        compress_statistics=double_quantisation,
+        quant_type="nf4",
+        quant_storage=compute,
+        module=layer,
+    )
+    layer.weight = packed.to(linear.weight.device)
+    layer.bias = linear.bias
+    return layer
+
+
+def _keep_packing(device: torch.device) -> None:
+    """On the CPU an evaluation forward would repack the weights, which fails on widths that are no multiple of 32 and breaks training."""
+    if device.type == "cpu":
+        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+
+
 def load_base(
     folder: Path,
     precision: Precision,
@@ -61,9 +95,7 @@ def load_base(
         if hasattr(config, name):
             setattr(config, name, 0.0)
     if precision == "nf4":
-        if torch.device(device).type == "cpu":
-            # An evaluation forward would repack the weights, which fails on widths that are no multiple of 32 and breaks later training.
-            bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+        _keep_packing(torch.device(device))
         quantisation = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

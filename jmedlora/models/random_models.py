@@ -1,12 +1,15 @@
-"""Random weights of a given shape, with a byte-level tokenizer: for tests and dry runs, and shapes for estimates."""
+"""Random weights of a given shape, with a byte-level tokenizer: for tests and dry runs, measuring, and shapes for estimates."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
+from accelerate import init_empty_weights
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
+from torch import nn
 from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -18,9 +21,11 @@ from transformers import (
 )
 
 from jmedlora.config.faults import BadInput, Fault
-from jmedlora.config.parts import Architecture, Family, ModelConfig
+from jmedlora.config.parts import Architecture, Family, ModelConfig, Precision
+from jmedlora.models.load import DTYPES, quantised
 
 _SPECIAL_TOKENS = {"<pad>": 256, "<s>": 257, "</s>": 258}
+_INITIAL_SPREAD = 0.02
 SMALLEST_VOCABULARY = 256 + len(_SPECIAL_TOKENS)
 
 
@@ -47,6 +52,49 @@ def build_model(family: Family, shape: Architecture) -> PreTrainedModel:
     """A model of a shape with weights from torch's global generator, on the current default device (`meta` included)."""
     config = model_config(family, shape)
     return GPTNeoXForCausalLM(config) if family == "gpt_neox" else LlamaForCausalLM(config)
+
+
+def random_base(
+    family: Family,
+    shape: Architecture,
+    precision: Precision,
+    compute_precision: Literal["fp32", "bf16"],
+    double_quantisation: bool,
+    device: str | torch.device,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """What `load_base` gives for a folder of such a model, made on `device` layer by layer and never whole anywhere else.
+
+    For measuring true shapes without their weights: 70 billion NF4 weights need no more than one layer of unquantised ones.
+    The weights depend on `seed`, device and precision, unlike those that `write_random_model` writes.
+    """
+    device = torch.device(device)
+    with init_empty_weights(include_buffers=False):
+        model = build_model(family, shape)
+    generator = torch.Generator(device).manual_seed(seed)
+    output = model.get_output_embeddings()
+    for name in [name for name, _ in model.named_modules()]:  # names alone: a list of modules would keep what is replaced
+        module = model.get_submodule(name)
+        _fill(module, DTYPES[compute_precision], device, generator)
+        if precision == "nf4" and isinstance(module, nn.Linear) and module is not output:
+            model.set_submodule(name, quantised(module, DTYPES[compute_precision], double_quantisation), strict=True)
+    model.tie_weights()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+    """Weights of one module, which was made without: as a fresh model starts, biases 0 and norms 1."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        values = torch.zeros(parameter.shape, dtype=dtype, device=device)
+        if parameter.dim() > 1:
+            values.normal_(0, _INITIAL_SPREAD, generator=generator)
+        elif name == "weight":
+            values.fill_(1)
+        setattr(module, name, nn.Parameter(values, requires_grad=False))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import ray
 from ray import tune
 from ray.exceptions import RayError
+from ray.tune.search import ConcurrencyLimiter
 from rich.console import Console
 
-from jmedlora.config.faults import BadInput, Fault, first_line
+from jmedlora.config.clock import now
+from jmedlora.config.faults import first_line
 from jmedlora.config.sweep import SweepConfig
+from jmedlora.data.atomic import write_text
 from jmedlora.evaluation.rescoring import rescore_stored, stale_evaluations
-from jmedlora.orchestrator.address import cluster_address, refused
+from jmedlora.orchestrator.address import cluster_address
 from jmedlora.orchestrator.environment import ON_HEAD
 from jmedlora.orchestrator.errors import is_told_by, last_line
 from jmedlora.orchestrator.evaluation_pool import EvaluationPool
+from jmedlora.orchestrator.joining import check_cluster, joined_ray
+from jmedlora.orchestrator.keeping import KeepingToRule, settle_rule, told
 from jmedlora.orchestrator.ledger import Standing, all_jobs, driver_lock, run_status, standing
+from jmedlora.orchestrator.order import InOrder
 from jmedlora.orchestrator.progress import ProgressDisplay
+from jmedlora.orchestrator.rebuild import changes_of
+from jmedlora.orchestrator.scheduling import remaining_trials
+from jmedlora.orchestrator.stopping import StopMarker, graceful
 from jmedlora.orchestrator.tracker_actor import TrackerActor
 from jmedlora.orchestrator.trials import SweepContext, run_trial
 from jmedlora.plan.estimates import concurrent_trials
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.naming import names_of
+from jmedlora.plan.retention import forget_removed
 from jmedlora.plan.specs import Plan, TrialSpec
 from jmedlora.plan.writing import write_plan
 from jmedlora.report.writer import ReportFiles, write_report
@@ -38,9 +45,10 @@ from jmedlora.tracking.location import tracking_uri
 log = logging.getLogger(__name__)
 
 DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
-CLOSE_TRACKING_S = 300.0
-_LOGGED = ("run_key", "evaluation_key", "step", "metric", "difference", "p", "p_holm")
-"""What MLflow is told of a run's difference from its base."""
+CLOSE_TRACKING_S = 3700.0
+"""Above what the tracker allows itself."""
+TRIAL_DRIVER_DEATHS = 5
+"""How often the process that starts a trial's workers may die; what it had done is in storage, and the next one goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,10 @@ def run_sweep(config: SweepConfig, plan: Plan, address: str | None, console: Con
     """
     storage = Storage(config.storage_path)
     folder = storage.sweep(plan.sweep)
-    is_complete = standing(plan, storage).is_complete and folder.report.is_dir() and folder.plan_json.is_file()
+    is_complete = folder.closed.is_file() and standing(plan, storage).is_complete and folder.report.is_dir() and folder.plan_json.is_file()
     if is_complete and not stale_evaluations(plan, storage):
+        if removed := settle_rule(config, plan, storage):
+            console.print(told(removed), highlight=False)
         console.print(f"sweep {plan.sweep} is complete already: nothing to train, nothing to evaluate")
         return _outcome(plan, storage, [])
     with ExitStack() as stack:
@@ -76,77 +86,19 @@ def run_sweep(config: SweepConfig, plan: Plan, address: str | None, console: Con
         console.print(
             f"sweep {plan.sweep}: {len(plan.runs)} runs over {len(plan.bases)} bases, into {storage.root}", soft_wrap=True, highlight=False
         )
-        stack.enter_context(_ray(config, joined, address))
-        _check_cluster(config, joined)
+        stack.enter_context(joined_ray(config, joined, address))
+        check_cluster(config, joined)
         if not begun:
             stack.enter_context(driver_lock(folder))
+        folder.closed.unlink(missing_ok=True)
         write_plan(config, plan, storage)
+        if again := forget_removed(plan, storage):
+            console.print(f"runs trained again, whose checkpoints a keep rule has removed and which are asked for anew: {len(again)}")
         driver = _Driver(config, plan, storage, console)
         try:
             return driver.run()
         except KeyboardInterrupt:
-            driver.close_tracking("interrupted", None)
-            return Outcome(INTERRUPTED, standing(plan, storage), [])
-
-
-@contextmanager
-def _ray(config: SweepConfig, address: str | None, given: str | None) -> Iterator[None]:
-    """Joins or starts Ray, and leaves it; SIGTERM counts as an interruption. Inside a process that has joined already, nothing is done."""
-    if ray.is_initialized():
-        yield
-        return
-    resources = config.resources
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interruption is ours to handle: Tune would go on to its own end
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # with verbose=0, this one is silent
-    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # their causes are told at the end, a line each
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
-    common = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "jmedlora"}
-    try:
-        if address:
-            try:
-                ray.init(address=address, **common)
-            except (ValueError, ConnectionError) as error:
-                raise refused(given, address, first_line(error)) from None
-        else:
-            needed = resources.workers_per_trial * resources.cpus_per_worker + resources.evaluation.actors * resources.evaluation.cpus
-            ray.init(address="local", include_dashboard=False, num_cpus=max(os.cpu_count() or 1, needed), **common)
-        yield
-    finally:
-        ray.shutdown()
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _check_cluster(config: SweepConfig, address: str | None) -> None:
-    """What only the cluster itself can tell; raises BadInput before anything is written."""
-    faults = []
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    if nodes > 1 and not os.environ.get("MLFLOW_TRACKING_URI"):
-        faults.append(
-            Fault(
-                "environment",
-                "MLFLOW_TRACKING_URI",
-                f"not set, and the cluster has {nodes} nodes",
-                "the address of an MLflow server: a sqlite file cannot be shared",
-            )
-        )
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    needed = config.resources.workers_per_trial * config.resources.gpus_per_worker
-    if nodes == 1 and needed > gpus and not address:
-        faults.append(
-            Fault(
-                config.file,
-                "resources.gpus_per_worker",
-                f"a trial needs {needed} GPUs, this machine has {gpus}",
-                f"at most {gpus}, or the address of a cluster",
-            )
-        )
-    if faults:
-        raise BadInput(faults)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+            return driver.stopped()
 
 
 class _Driver:
@@ -155,6 +107,8 @@ class _Driver:
         self.jobs = all_jobs(plan)
         self.names = names_of(plan)
         self.tracker = TrackerActor.remote(plan, str(storage.root), tracking_uri(storage))  # type: ignore[attr-defined]
+        attempt = uuid.uuid4().hex[:8]
+        self.marker = StopMarker(storage.sweep(plan.sweep), attempt)
         self.context = SweepContext(
             plan=plan,
             storage_root=str(storage.root),
@@ -163,25 +117,51 @@ class _Driver:
             resources=config.resources,
             tracker=self.tracker,
             names=self.names,
-            attempt=uuid.uuid4().hex[:8],
+            attempt=attempt,
+            marker=self.marker,
+            hints={},
         )
         self.training_is_over = threading.Event()
 
     def run(self) -> Outcome:
-        trials = [trial for trial in self.plan.trials if any(run_status(run, self.storage) != "finished" for run in trial.runs)]
+        trials = remaining_trials(self.plan, self.storage)
         lanes = self._concurrency()
-        problems: list[str] = []
         actors = self.config.resources.evaluation.actors
-        with ProgressDisplay(self.console, self.plan, self.storage, self.tracker, self.jobs, self.names, lanes, actors):
-            problems += self._train_and_evaluate(trials, lanes)
+        with (
+            graceful(self._ask_to_stop),
+            ProgressDisplay(self.console, self.plan, self.storage, self.tracker, self.jobs, self.names, lanes, actors),
+            KeepingToRule(self.plan, self.storage) as keeping,
+        ):
+            problems = self._train_and_evaluate(trials, lanes)
+        if keeping.removed:
+            self.console.print(told(keeping.removed), highlight=False)
+        if self.marker.is_set() and not standing(self.plan, self.storage).is_complete:
+            return self.stopped()
+        self.marker.remove()
         report = write_report(self.plan, self.storage)
         status = "finished" if _outcome(self.plan, self.storage, problems).exit_code == DONE else "failed"
         problems += [f"MLflow: {problem}" for problem in self.close_tracking(status, report)]
-        return replace(_outcome(self.plan, self.storage, problems), report=report)
+        outcome = replace(_outcome(self.plan, self.storage, problems), report=report)
+        if outcome.exit_code == DONE:
+            write_text(self.storage.sweep(self.plan.sweep).closed, f"{now()}\n")
+        return outcome
+
+    def stopped(self) -> Outcome:
+        """The end of a sweep that was interrupted, with grace or at once."""
+        problems = self.close_tracking("interrupted", None)
+        self.marker.remove()
+        return Outcome(INTERRUPTED, standing(self.plan, self.storage), [f"MLflow: {problem}" for problem in problems])
+
+    def _ask_to_stop(self) -> None:
+        try:
+            self.marker.set()
+            self.console.print("stopping: runs finish their step and save (once more: stop at once)", highlight=False)
+        except OSError as error:  # workers cannot be told
+            self.console.print(f"cannot ask the runs to stop: {error} (once more: stop at once)", highlight=False)
 
     def close_tracking(self, status: str, report: ReportFiles | None) -> list[str]:
         """Lets the tracker write all that it was told, and how runs differ from their bases; returns what MLflow could not take."""
-        changes = [{key: getattr(row, key) for key in _LOGGED} for row in report.statistics.against_base] if report else []
+        changes = changes_of(report) if report else []
         try:
             return ray.get(self.tracker.finish.remote(status, str(report.folder) if report else None, changes), timeout=CLOSE_TRACKING_S)
         except RayError as error:
@@ -208,13 +188,13 @@ class _Driver:
 
     def _serve(self, pool: EvaluationPool, errors: list[str]) -> None:
         try:
-            pool.serve(more_to_come=lambda: not self.training_is_over.is_set())
+            pool.serve(more_to_come=lambda: not self.training_is_over.is_set(), stopping=self.marker.is_set)
         except Exception as error:
             log.exception("the evaluation pool stopped")
             errors.append(f"evaluation stopped: {type(error).__name__}: {error}")
 
     def _drain(self, pool: EvaluationPool) -> list[str]:
-        pool.serve(more_to_come=lambda: False)
+        pool.serve(more_to_come=lambda: False, stopping=self.marker.is_set)
         return self._told(pool)
 
     def _told(self, pool: EvaluationPool) -> list[str]:
@@ -234,10 +214,15 @@ class _Driver:
             return []
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(run_trial, context=self.context), {"CPU": 0, **ON_HEAD}),
-            param_space={"trial_id": tune.grid_search([trial.trial_id for trial in trials])},
-            tune_config=tune.TuneConfig(max_concurrent_trials=lanes),
+            tune_config=tune.TuneConfig(
+                search_alg=ConcurrencyLimiter(InOrder([trial.trial_id for trial in trials], self.marker.is_set), max_concurrent=lanes),
+                num_samples=len(trials),
+            ),
             run_config=tune.RunConfig(
-                name=f"tune-{self.context.attempt}", storage_path=str(self.storage.sweep(self.plan.sweep).ray), verbose=0
+                name=f"tune-{self.context.attempt}",
+                storage_path=str(self.storage.sweep(self.plan.sweep).ray),
+                failure_config=tune.FailureConfig(max_failures=TRIAL_DRIVER_DEATHS),
+                verbose=0,
             ),
         )
         try:

@@ -38,6 +38,16 @@ def last_line(error: BaseException | None) -> str:
     return _MODULE.sub("", lines[-1]).removeprefix(f"{Refused.__name__}: ") if lines else type(error).__name__
 
 
+def is_refusal(error: BaseException) -> bool:
+    """True for bad input that a worker met: trying again meets it again."""
+    return f"{Refused.__name__}: " in str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True where a GPU, or the machine, had no memory left."""
+    return "OutOfMemoryError" in f"{type(error).__name__}: {error}" or "out of memory" in str(error)
+
+
 def is_told_by(why: str, errors: list[str]) -> bool:
     """True where one of `errors` gives the same cause, be it with its type before it or with the last line alone."""
     return any(error and (error.endswith(why) or why.endswith(error)) for error in errors)

@@ -1,33 +1,33 @@
-"""Evaluation actors and the queue that feeds them, derived from storage: committed checkpoints x evaluations - finished."""
+"""The actors that evaluate: started, fed from the queue, replaced when they die."""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from jmedlora.config.faults import first_line
 from jmedlora.config.parts import ResourcesConfig
-from jmedlora.evaluation.reuse import adopt_evaluation
+from jmedlora.evaluation.journal import journal_progress
 from jmedlora.orchestrator.environment import ON_HEAD, worker_environment
 from jmedlora.orchestrator.errors import refusals, told
-from jmedlora.orchestrator.ledger import Job, is_done, is_ready
+from jmedlora.orchestrator.evaluation_lease import evaluation_lease
+from jmedlora.orchestrator.evaluation_queue import EvaluationQueue, JobId, is_api
+from jmedlora.orchestrator.ledger import Job
 from jmedlora.plan.layout import Storage
-from jmedlora.plan.records import Record
+from jmedlora.plan.records import Record, read_metrics
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec
 
 if TYPE_CHECKING:
     from jmedlora.evaluation.making import AnyEvaluator
 
-MAX_ATTEMPTS = 3
-"""Times that an evaluation is begun again after its actor died."""
 POLL_S = 0.5
 
 
@@ -47,13 +47,15 @@ class EvaluationActor:
         self._evaluator: AnyEvaluator | None = None
 
     def evaluate(self, base: BaseSpec, run_key: str, step: int, evaluation: EvaluationSpec, what: str) -> Record:
-        """Scores one checkpoint (or the base at step 0), stores and tracks the result."""
+        """Scores one checkpoint (or the base at step 0), stores and tracks the result. Raises EvaluatedElsewhere."""
         from jmedlora.evaluation.making import make_evaluator
 
         self._tracker.evaluation_started.remote(self._name, what)
         metrics: Record | None = None
         try:
-            with refusals():
+            with refusals(), evaluation_lease(self._storage, run_key, step, evaluation):
+                if (metrics := read_metrics(self._storage, run_key, step, evaluation)) is not None:
+                    return metrics  # another sweep has just done it
                 if self._evaluator is None or self._resident != base.run_key:
                     self._evaluator = None  # the old model's memory is freed before the new one is loaded
                     self._evaluator = make_evaluator(base, self._sources, self._offline)
@@ -69,7 +71,7 @@ class _Slot:
     """A place for one actor, and what it is doing."""
 
     name: str
-    is_api: bool = False
+    behind_address: bool = False
     """For models behind an address: it waits for answers, beside the actors that compute."""
     actor: ActorHandle | None = None
     job: Job | None = None
@@ -92,31 +94,33 @@ class EvaluationPool:
     actors: int
     cpus: float
     gpus: float
-    failures: dict[tuple[str, int, str], str] = field(default_factory=dict)
-    """What could not be evaluated, and why."""
 
     def __post_init__(self) -> None:
         self._slots = [_Slot(f"evaluation-{i}-{uuid.uuid4().hex[:6]}") for i in range(self.actors)]
-        if any(_is_api(job) for job in self.jobs):
-            self._slots.append(_Slot(f"evaluation-api-{uuid.uuid4().hex[:6]}", is_api=True))
-        self._waiting = {_job_id(job): job for job in self.jobs if not is_done(job, self.storage)}
-        self._attempts: dict[tuple[str, int, str], int] = {}
-        self._computed: dict[tuple[str, str, str], tuple[str, int]] = {}
-        for job in self.jobs:
-            if job.step and is_done(job, self.storage) and is_ready(job, self.storage):
-                self._computed[self._content(job)] = (job.run_key, job.step)
+        if any(map(is_api, self.jobs)):
+            self._slots.append(_Slot(f"evaluation-api-{uuid.uuid4().hex[:6]}", behind_address=True))
+        self._queue = EvaluationQueue(self.jobs, self.storage)
 
-    def serve(self, more_to_come: Callable[[], bool]) -> None:
-        """Works until nothing is ready and `more_to_come` says that no checkpoint will follow; then the actors end."""
+    @property
+    def failures(self) -> dict[JobId, str]:
+        """What could not be evaluated, and why."""
+        return self._queue.failures
+
+    def serve(self, more_to_come: Callable[[], bool], stopping: Callable[[], bool] = lambda: False) -> None:
+        """Works until nothing is ready and `more_to_come` says that no checkpoint will follow; then the actors end.
+
+        Once `stopping` says so, nothing is begun, and the actors end with what they are at: it is gone on with at the next start.
+        """
         try:
-            while True:
+            while not stopping():
                 last_round = not more_to_come()
+                self._queue.look()
                 self._assign()
-                running = [slot for slot in self._slots if slot.result is not None]
+                running = [slot.result for slot in self._slots if slot.job is not None]
                 if running:
-                    ray.wait([slot.result for slot in running], timeout=POLL_S)
+                    ray.wait(running, timeout=POLL_S)
                     self._collect()
-                elif last_round and not self._ready():
+                elif last_round and not self._queue.has_ready:
                     return
                 else:
                     time.sleep(POLL_S)
@@ -124,46 +128,18 @@ class EvaluationPool:
             for slot in self._slots:
                 self._end(slot)
 
-    # -- queue
-
-    def _ready(self) -> list[Job]:
-        busy = {_job_id(slot.job) for slot in self._slots if slot.job}
-        return [job for key, job in self._waiting.items() if key not in busy and is_ready(job, self.storage)]
-
     def _assign(self) -> None:
-        in_flight = {self._content(slot.job) for slot in self._slots if slot.job and slot.job.step}
-        ready = []
-        for job in self._ready():
-            content = self._content(job) if job.step else None
-            if content is not None and content in self._computed:
-                metrics = adopt_evaluation(self.storage, job.evaluation, self._computed[content], (job.run_key, job.step))
-                self.tracker.evaluation_ended.remote("", metrics)
-                self._waiting.pop(_job_id(job))
-            elif content is None or content not in in_flight:
-                ready.append(job)
-                if content is not None:
-                    in_flight.add(content)
         for slot in self._slots:
-            fitting = [job for job in ready if _is_api(job) == slot.is_api]
-            if slot.job is None and fitting:
-                job = min(fitting, key=lambda job: (job.base.run_key != slot.resident, job.run_key != slot.run_key))
-                ready.remove(job)
+            if slot.job is None and (job := self._queue.take(slot.resident, slot.run_key, slot.behind_address)):
                 self._start(slot, job)
-
-    def _content(self, job: Job) -> tuple[str, str, str]:
-        """What an evaluation depends on: equal adapters on an equal base are scored once."""
-        from jmedlora.models.adapters import adapter_digest
-
-        folder = self.storage.run(job.run_key).checkpoint(job.step)
-        return job.base.run_key, adapter_digest(folder), job.evaluation.evaluation_key
-
-    # -- actors
+        for metrics in self._queue.settled():
+            self.tracker.evaluation_ended.remote("", metrics)
 
     def _start(self, slot: _Slot, job: Job) -> None:
         if slot.actor is None:
-            threads = 0 if slot.is_api else max(1, round(self.resources.evaluation.cpus))
+            threads = 0 if slot.behind_address else max(1, round(self.resources.evaluation.cpus))
             # keys of addresses are in the environment of the head, and nowhere else
-            place = {"num_cpus": 0, "resources": ON_HEAD} if slot.is_api else {"num_cpus": self.cpus, "num_gpus": self.gpus}
+            place = {"num_cpus": 0, "resources": ON_HEAD} if slot.behind_address else {"num_cpus": self.cpus, "num_gpus": self.gpus}
             slot.actor = EvaluationActor.options(  # type: ignore[attr-defined]
                 **place, runtime_env={"env_vars": worker_environment(self.resources, max(1, threads), self.offline)}
             ).remote(slot.name, str(self.storage.root), str(self.sources), self.offline, threads, self.tracker)
@@ -177,26 +153,32 @@ class EvaluationPool:
         for slot in self._slots:
             if slot.job is None or not ray.wait([slot.result], timeout=0)[0]:
                 continue
-            job, key = slot.job, _job_id(slot.job)
-            slot.job = None
+            job, slot.job = slot.job, None
             try:
-                ray.get(slot.result)
-                self._waiting.pop(key)
-                if job.step:
-                    self._computed[self._content(job)] = (job.run_key, job.step)
+                self._queue.finished(job, ray.get(slot.result))
             except RayTaskError as error:
-                if is_ready(job, self.storage):  # else its run has started over, and the checkpoint will come again
-                    self._fail(key, told(error.cause))
+                self._refused(slot, job, error.cause)
             except RayError as death:  # killed, out of memory, or its node is gone
                 self._end(slot)
-                self._attempts[key] = self._attempts.get(key, 0) + 1
-                if self._attempts[key] >= MAX_ATTEMPTS:
-                    self._fail(key, f"the evaluation actor died {MAX_ATTEMPTS} times: {first_line(death)}")
+                self.tracker.evaluation_ended.remote(slot.name, None)
+                progress = journal_progress(self.storage, job.run_key, job.step, job.evaluation)
+                self._queue.died(job, _death(death, job), progress)
             slot.result = None
 
-    def _fail(self, key: tuple[str, int, str], why: str) -> None:
-        self._waiting.pop(key)
-        self.failures[key] = why
+    def _refused(self, slot: _Slot, job: Job, error: BaseException) -> None:
+        """An evaluation raised an error, which trying again would meet again, unless another sweep is at it."""
+        kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: the driver of a sweep has no torch
+        if "EvaluatedElsewhere" in kinds:
+            self._queue.postponed(job)
+            time.sleep(POLL_S)
+        elif "AdapterDamaged" in kinds:
+            self._queue.damaged(job, told(error))
+        elif "OutOfMemoryError" in kinds:
+            self._end(slot)  # the next evaluation finds the GPU's memory free and in one piece
+            helps = "fewer shots, a quantised model or a GPU with more of it would help"
+            self._queue.failed(job, f"memory does not suffice for the model and one prompt: {helps} ({told(error)})")
+        else:
+            self._queue.failed(job, told(error))
 
     def _end(self, slot: _Slot) -> None:
         if slot.actor is not None:
@@ -204,9 +186,8 @@ class EvaluationPool:
         slot.actor, slot.resident, slot.run_key = None, "", ""
 
 
-def _is_api(job: Job) -> bool:
-    return job.base.precision == "api"
-
-
-def _job_id(job: Job) -> tuple[str, int, str]:
-    return job.run_key, job.step, job.evaluation.folder
+def _death(death: RayError, job: Job) -> str:
+    if isinstance(death, OutOfMemoryError):
+        batch = job.evaluation.batch_size
+        return f"the node ran out of memory: evaluate.batch_size below {batch}, fewer evaluation actors or more memory would help"
+    return f"the evaluation actor died: {first_line(death)}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from jmedlora.config.clock import now
 from jmedlora.plan.layout import Storage, SweepFolder
 from jmedlora.plan.records import read_run, steps_of
+from jmedlora.plan.retention import removed_but_asked
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec
 
 
@@ -70,7 +71,10 @@ def is_ready(job: Job, storage: Storage) -> bool:
 
 
 def run_status(run: RunSpec, storage: Storage) -> str:
-    """waiting, running, finished or failed; a finished run whose checkpoints are not all there counts as waiting."""
+    """waiting, running, interrupted, finished or failed; a finished run whose checkpoints are not all there counts as waiting.
+
+    Checkpoints whose weights a keep rule has removed are there as far as this goes.
+    """
     record = read_run(storage, run.run_key)
     if record is None:
         return "waiting"
@@ -90,10 +94,14 @@ class Standing:
     """run key -> error of a failed run."""
     evaluations_done: int
     evaluations: int
+    checkpoints: int
+    """Checkpoints of the plan that are there, with their weights or without."""
+    checkpoints_removed: int
+    """Those of them whose weights a keep rule has removed."""
 
     @property
     def is_complete(self) -> bool:
-        return not (self.runs["waiting"] or self.runs["running"] or self.runs["failed"]) and self.evaluations_done == self.evaluations
+        return not any(keys for status, keys in self.runs.items() if status != "finished") and self.evaluations_done == self.evaluations
 
     def as_json(self) -> str:
         return json.dumps(
@@ -102,6 +110,8 @@ class Standing:
                 "errors": self.errors,
                 "evaluations_done": self.evaluations_done,
                 "evaluations": self.evaluations,
+                "checkpoints": self.checkpoints,
+                "checkpoints_removed": self.checkpoints_removed,
                 "time": now(),
             },
             indent=2,
@@ -109,13 +119,18 @@ class Standing:
 
 
 def standing(plan: Plan, storage: Storage) -> Standing:
-    """Counts what storage holds of a plan."""
-    runs: dict[str, list[str]] = {"finished": [], "running": [], "waiting": [], "failed": []}
+    """Counts what storage holds of a plan; a finished run of which a removed checkpoint is to be evaluated counts as waiting."""
+    runs: dict[str, list[str]] = {"finished": [], "running": [], "interrupted": [], "waiting": [], "failed": []}
     errors = {}
+    trained_again = removed_but_asked(plan, storage)
+    checkpoints = removed = 0
     for run in plan.runs:
         status = run_status(run, storage)
-        runs[status].append(run.run_key)
+        runs["waiting" if status == "finished" and run.run_key in trained_again else status].append(run.run_key)
         if status == "failed":
             errors[run.run_key] = str((read_run(storage, run.run_key) or {}).get("error"))
+        folder = storage.run(run.run_key)
+        checkpoints += sum(map(folder.is_committed, run.checkpoint_steps))
+        removed += sum(map(folder.is_removed, run.checkpoint_steps))
     jobs = all_jobs(plan)
-    return Standing(runs, errors, sum(is_done(job, storage) for job in jobs), len(jobs))
+    return Standing(runs, errors, sum(is_done(job, storage) for job in jobs), len(jobs), checkpoints, removed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from jmedlora.config.clock import now
 from jmedlora.orchestrator.ledger import Job, is_done, run_status
 from jmedlora.plan.estimates import TRIAL_START_S
 from jmedlora.plan.layout import Storage
@@ -43,7 +43,7 @@ class ProgressDisplay:
         self._total = len(jobs)
         self._trained = {run.run_key for run in plan.runs if run_status(run, storage) == "finished"}
         self._lanes, self._actors = max(1, lanes), max(1, actors)
-        self._started = now()
+        self._started = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
 
@@ -83,7 +83,8 @@ class ProgressDisplay:
             table.add_row(self._names.get(key, key), *self._cells(run))
         evaluating = [Text(f"evaluating  {what}", style="cyan") for what in state["evaluating"]]
         starting = [Text(text, style="dim") for text in self._starting(state)]
-        return Group(table, *starting, *evaluating, Text(self._totals(state), style="bold"))
+        trouble = [Text(state["tracking"], style="red")] if state["tracking"] else []
+        return Group(table, *starting, *evaluating, *trouble, Text(self._totals(state), style="bold"))
 
     def line(self, state: dict[str, Any]) -> str:
         """What is going on, from what the tracker's `progress` tells."""
@@ -92,7 +93,8 @@ class ProgressDisplay:
             epoch, step, loss, speed = self._cells(run)
             parts.append(f"{self._names.get(key, key)}: epoch {epoch}, step {step}, loss {loss}, {speed} tokens/s")
         parts += self._starting(state) + [f"evaluating {what}" for what in state["evaluating"]]
-        return f"[{_duration(now() - self._started)}] " + "; ".join([*parts, self._totals(state)])
+        parts += [state["tracking"]] if state["tracking"] else []
+        return f"[{_duration(time.monotonic() - self._started)}] " + "; ".join([*parts, self._totals(state)])
 
     def _running(self, state: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         return [(key, run) for key, run in state["runs"].items() if run.get("status") == "running"]

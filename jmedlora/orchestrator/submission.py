@@ -13,6 +13,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.locate import is_remote, job_script
 
+STOP_WAIT_S = 600
+"""How long a job that is stopped may take to save; Ray kills it after three seconds unless told otherwise."""
+
 
 def submit_sweep(sweep: str, overrides: list[str], address: str, wait: bool) -> int:
     """Submits jobs/sweep.py with the sweep and streams its log; returns the exit code of the job (0 at once without `wait`).
@@ -43,7 +46,8 @@ def submit_sweep(sweep: str, overrides: list[str], address: str, wait: bool) -> 
     with tempfile.TemporaryDirectory() as folder:
         argument = _pack(sweep, Path(folder))
         entrypoint = shlex.join(["python", "jobs/sweep.py", argument, *overrides])
-        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder})
+        environment = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
+        job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
     print(f"job {job}: {entrypoint}", flush=True)
     if not wait:
         return 0

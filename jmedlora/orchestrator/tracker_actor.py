@@ -1,14 +1,9 @@
-"""One actor per sweep takes what trials and evaluations tell, writes it to MLflow, and knows how far everything is."""
+"""One actor per sweep takes what trials and evaluations tell, has it written to MLflow, and knows how far everything is."""
 
 from __future__ import annotations
 
-import logging
-import queue
-import threading
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import ray
 
@@ -17,34 +12,19 @@ from jmedlora.orchestrator.environment import ON_HEAD
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.records import Record
 from jmedlora.plan.specs import Plan
-
-if TYPE_CHECKING:
-    from jmedlora.tracking.mlflow_tracker import MlflowTracker
-
-log = logging.getLogger(__name__)
+from jmedlora.tracking.sweep_record import Ending
+from jmedlora.tracking.writer import TrackingWriter
 
 
 @ray.remote(num_cpus=0, resources=ON_HEAD, max_restarts=5)
 class TrackerActor:
-    """Its methods return at once; MLflow is written by a thread of its own, in the order of the calls.
-
-    An actor that died starts again from what storage holds.
-    What could not be written is kept as an error and written again from storage in `finish`.
-    """
+    """Its methods return at once, whether MLflow answers or not. An actor that died starts again from what storage holds."""
 
     def __init__(self, plan: Plan, storage_root: str, tracking_uri: str):
-        self._plan = plan
-        self._storage = Storage(Path(storage_root))
-        self._uri = tracking_uri
-        self._tracker: MlflowTracker | None = None
-        self._queue: queue.Queue[Callable[[MlflowTracker], None] | None] = queue.Queue()
-        self._errors: list[str] = []
+        self._writer = TrackingWriter(tracking_uri, plan, Storage(Path(storage_root)))
         self._runs: dict[str, dict[str, Any]] = {}
         self._evaluating: dict[str, str] = {}
         self._evaluation_seconds: list[float] = []
-        self._lines: list[str] = []
-        self._thread = threading.Thread(target=self._write, daemon=True)
-        self._thread.start()
 
     # -- from trials and their training workers
 
@@ -59,11 +39,12 @@ class TrackerActor:
         seconds, tokens = sum(r["seconds"] for r in records), sum(r["tokens"] for r in records)
         run.update({key: records[-1][key] for key in ("step", "epoch", "loss")}, tokens_per_s=tokens / max(seconds, 1e-9), heard=now())
         run["training_s"] = run.get("training_s", 0.0) + seconds
-        self._queue.put(lambda tracker: tracker.log_train(run_key, records))
+        self._writer.train_steps(run_key, records)
 
-    def run_ended(self, run_key: str, status: Literal["finished", "failed"], error: str | None) -> None:
+    def run_ended(self, run_key: str, status: Literal["finished", "failed", "interrupted"], error: str | None) -> None:
+        """Told once run.json says so, where the writer takes it from."""
         self._runs.setdefault(run_key, {})["status"] = status
-        self._queue.put(lambda tracker: tracker.finish_run(run_key, status, error))
+        self._writer.run_ended(run_key)
 
     # -- from evaluation actors
 
@@ -75,54 +56,23 @@ class TrackerActor:
         if metrics is not None:
             if metrics["seconds"]:
                 self._evaluation_seconds.append(metrics["seconds"])
-            self._queue.put(lambda tracker: tracker.log_evaluation(metrics))
+            self._writer.evaluated(metrics)
 
     # -- for the driver
 
     def progress(self) -> dict[str, Any]:
-        """Runs by key (status, step, epoch, loss, tokens per second), what is being evaluated, mean seconds of an evaluation."""
+        """Runs by key (status, step, epoch, loss, tokens per second), what is being evaluated, mean seconds of an evaluation,
+        and under `tracking` what is wrong with MLflow (None: nothing).
+        """
         seconds = self._evaluation_seconds
         return {
             "runs": self._runs,
             "evaluating": list(self._evaluating.values()),
             "evaluation_s": sum(seconds) / len(seconds) if seconds else None,
+            "tracking": self._writer.trouble(),
         }
 
-    def finish(
-        self, status: Literal["finished", "failed", "interrupted"], report: str | None, changes: list[Record] | None = None
-    ) -> list[str]:
-        """Waits until all is written, writes again from storage what failed, adds the report and how runs differ from their bases.
-
-        Returns what is still wrong.
-        """
-
-        def close(tracker: MlflowTracker) -> None:
-            tracker.restore_from_storage()
-            tracker.log_changes(changes or [])
-            if report is not None:
-                tracker.log_report(Path(report))
-            tracker.finish_sweep(status)
-
-        drained = threading.Event()
-        self._queue.put(lambda _: drained.set())
-        drained.wait()
-        self._errors.clear()
-        self._queue.put(close)
-        self._queue.put(None)
-        self._thread.join()
-        return self._errors
-
-    def _write(self) -> None:
-        from jmedlora.tracking.mlflow_tracker import MlflowTracker  # takes seconds, which the driver need not wait for
-
-        while (write := self._queue.get()) is not None:
-            try:
-                if self._tracker is None:
-                    tracker = MlflowTracker(self._uri, self._plan, self._storage)
-                    tracker.start()
-                    tracker.restore_from_storage()
-                    self._tracker = tracker
-                write(self._tracker)
-            except Exception as error:
-                log.exception("MLflow could not be written")
-                self._errors.append("".join(traceback.format_exception_only(error)).strip())
+    @ray.method(max_task_retries=3)
+    def finish(self, status: Ending, report: str | None, changes: list[Record] | None = None) -> list[str]:
+        """`TrackingWriter.finish`: what MLflow did not get, in a line; may be called again."""
+        return self._writer.finish(status, Path(report) if report else None, changes or [])

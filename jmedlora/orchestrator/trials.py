@@ -1,4 +1,4 @@
-"""One Ray Tune trial = one Ray Train worker group that trains a list of runs.
+"""One Ray Tune trial = Ray Train worker groups, one after another if need be, that train a list of runs.
 
 Ray Train and torch are imported where they are used: the driver of a sweep, which imports this, needs neither.
 """
@@ -6,6 +6,8 @@ Ray Train and torch are imported where they are used: the driver of a sweep, whi
 from __future__ import annotations
 
 import os
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,22 @@ from jmedlora.config.clock import now
 from jmedlora.config.parts import ResourcesConfig
 from jmedlora.data.atomic import write_json
 from jmedlora.orchestrator.environment import worker_environment
-from jmedlora.orchestrator.errors import last_line, refusals
+from jmedlora.orchestrator.errors import is_out_of_memory, is_refusal, last_line
 from jmedlora.orchestrator.evaluation_pool import EvaluationPool
 from jmedlora.orchestrator.ledger import all_jobs, run_status
+from jmedlora.orchestrator.places import free_abandoned_places
+from jmedlora.orchestrator.scheduling import Retries, progress_mark
+from jmedlora.orchestrator.stopping import StopMarker
 from jmedlora.plan.layout import Storage
-from jmedlora.plan.records import Record, read_run
-from jmedlora.plan.specs import Plan, TrialSpec
+from jmedlora.plan.records import read_run
+from jmedlora.plan.specs import Plan, RunSpec, TrialSpec
+from jmedlora.training.lease import is_held
 
-SEND_EVERY_S = 1.0
+POLL_S = 1.0
 WAIT_FOR_PLACE_S = 7 * 24 * 3600
 """How long workers may wait until the cluster has room for them; Ray Train's own minute is shorter than a node takes to start."""
+ABANDON_AFTER_S = 10.0
+"""How long a worker group that has no run in its hands is waited for once the sweep is to stop."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,9 @@ class SweepContext:
     names: dict[str, str]
     attempt: str
     """Unlike for every start of the driver: Ray's own files of an earlier start are never read."""
+    marker: StopMarker
+    hints: dict[str, str]
+    """By run key: what would need less memory."""
 
     @property
     def storage(self) -> Storage:
@@ -61,101 +72,145 @@ class SweepContext:
 
 
 def run_trial(config: dict[str, Any], context: SweepContext) -> None:
-    """A Tune trial: trains on a worker group of its own and, where evaluation takes turns with training, scores the result.
+    """A Tune trial: trains its runs and, where evaluation takes turns with training, scores the result.
 
-    Raises what the worker group raises when its restarts are used up; runs that fail alone are told by their run.json.
+    Runs that fail are told by their run.json; what was stopped with grace, or held by another sweep, is left for a later start.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(WAIT_FOR_PLACE_S)
     trial = next(trial for trial in context.plan.trials if trial.trial_id == config["trial_id"])
-    resources = context.resources
-    begun = next((run.run_key for run in trial.runs if run_status(run, context.storage) != "finished"), None)
-    if begun is not None:
-        context.tracker.run_starting.remote(begun)
-    per_worker: dict[str, float] = {"CPU": trial.cpus_per_worker}
-    if trial.gpus_per_worker:
-        per_worker["GPU"] = trial.gpus_per_worker
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "trial": trial,
-            "storage": context.storage,
-            "sources": Path(context.sources),
-            "offline": context.offline,
-            "tracker": context.tracker,
-        },
-        torch_config=TorchConfig(backend="nccl" if trial.gpus_per_worker else "gloo"),
-        scaling_config=ScalingConfig(num_workers=trial.workers, use_gpu=bool(trial.gpus_per_worker), resources_per_worker=per_worker),
-        run_config=RunConfig(
-            name=f"{trial.trial_id}-{context.attempt}",
-            storage_path=str(context.storage.sweep(context.plan.sweep).ray),
-            failure_config=FailureConfig(max_failures=resources.max_failures),
-            callbacks=[TuneReportCallback()],
-            worker_runtime_env={"env_vars": worker_environment(resources, trial.cpus_per_worker, context.offline)},
-        ),
-    )
-    try:
-        trainer.fit()
-    except Exception as error:
-        _record_failure(trial, context, error)
-        raise
-    if context.takes_turns:
+    _Trial(trial, context).train()
+    if context.takes_turns and not context.marker.is_set():
         pool = context.pool({run.run_key for run in trial.runs}, trial.cpus_per_worker, trial.gpus_per_worker, actors=1)
-        pool.serve(more_to_come=lambda: False)  # what fails here is tried again, and told, at the end of the sweep
+        # what fails here is tried again, and told, at the end of the sweep
+        pool.serve(more_to_come=lambda: False, stopping=context.marker.is_set)
 
 
-def _record_failure(trial: TrialSpec, context: SweepContext, error: Exception) -> None:
-    """Runs that the workers could not finish or mark themselves (killed, out of memory, no base model) are marked as failed."""
-    for run in trial.runs:
-        if run_status(run, context.storage) in ("waiting", "running"):
-            told = last_line(error)
-            known = read_run(context.storage, run.run_key) or {"run_key": run.run_key, "settings": run.settings.model_dump(mode="json")}
-            write_json(context.storage.run(run.run_key).run_json, {**known, "status": "failed", "error": told, "finished": now()})
-            ray.get(context.tracker.run_ended.remote(run.run_key, "failed", told))
+class _Trial:
+    """Starts worker groups until every run is finished or has failed.
 
+    Ray Train's own restarts are not used: it counts all deaths of a group, and one that trains for weeks on machines that
+    are taken away would reach any limit. Here deaths count only where nothing was gained since the last one.
+    """
 
-def train_worker(config: dict[str, Any]) -> None:
-    """One worker of the group; Ray Train has set up torch.distributed."""
-    import torch
-    from ray import train
+    def __init__(self, trial: TrialSpec, context: SweepContext):
+        self._trial, self._context, self._storage = trial, context, context.storage
+        self._failed: set[str] = set()
+        self._starts = 0
 
-    from jmedlora.training.loop import train_trial
+    def train(self) -> None:
+        retries = self._fresh_retries()
+        while left := self._left():
+            if not self._wait_until_free(left):
+                return
+            known = {run.run_key: self._started(run) for run in left}
+            before = progress_mark(self._trial, self._storage)
+            try:
+                outcomes = self._start_group(left)
+            except Exception as error:
+                mark = progress_mark(self._trial, self._storage)
+                is_hopeless = is_refusal(error) or (is_out_of_memory(error) and mark == before)
+                if not is_hopeless and retries.allows(mark):
+                    continue
+                begun = [run for run in left if self._started(run) != known[run.run_key] and run_status(run, self._storage) != "finished"]
+                for run in begun[-1:] or left:  # where no run was begun, none can be
+                    self._record_failure(run, error)
+                retries = self._fresh_retries()
+            else:
+                self._failed |= {run_key for run_key, status, _ in outcomes if status == "failed"}
 
-    trial: TrialSpec = config["trial"]
-    if not trial.gpus_per_worker:
-        torch.set_num_threads(trial.cpus_per_worker)
-    with refusals():
-        outcomes = train_trial(trial, config["storage"], config["sources"], config["offline"], TrackerListener(config["tracker"]))
-    train.report({"finished": sum(outcome.status == "finished" for outcome in outcomes), "runs": len(outcomes)})
+    def _left(self) -> list[RunSpec]:
+        if self._context.marker.is_set():
+            return []
+        return [run for run in self._trial.runs if run.run_key not in self._failed and run_status(run, self._storage) != "finished"]
 
+    def _fresh_retries(self) -> Retries:
+        return Retries(self._context.resources.max_failures, progress_mark(self._trial, self._storage))
 
-class TrackerListener:
-    """Passes on what the training loop tells, optimizer steps in bundles of about a second."""
+    def _started(self, run: RunSpec) -> Any:
+        """What changes when a worker takes a run into its hands."""
+        known = read_run(self._storage, run.run_key)
+        return known and (known.get("started"), known.get("resumed"))
 
-    def __init__(self, tracker: ActorHandle):
-        self._tracker = tracker
-        self._bundle: list[Record] = []
-        self._sent = now()
+    def _wait_until_free(self, runs: list[RunSpec]) -> bool:
+        """Waits while another sweep trains one of the runs; False when the sweep is to stop meanwhile."""
+        while any(is_held(self._storage.run(run.run_key)) for run in runs):
+            if self._context.marker.is_set():
+                return False
+            time.sleep(POLL_S)
+        return True
 
-    def on_run_start(self, run_key: str, total_steps: int) -> None:
-        self._tracker.run_started.remote(run_key, total_steps)
+    def _start_group(self, runs: list[RunSpec]) -> list[tuple[str, str, str | None]]:
+        """Trains with a worker group of its own; returns how each run ended, or raises what the group died of.
 
-    def on_step(self, run_key: str, record: Record) -> None:
-        self._bundle.append(record)
-        if now() - self._sent >= SEND_EVERY_S:
-            self._send(run_key)
+        When the sweep is to stop while the group waits for its place or loads the base model, it is not waited for.
+        """
+        free_abandoned_places()
+        trainer = self._trainer(self._trial.model_copy(update={"runs": runs}))
+        self._context.tracker.run_starting.remote(runs[0].run_key)
+        ended: list[Any] = []
 
-    def on_checkpoint(self, run_key: str, step: int) -> None:
-        self._send(run_key)
+        def fit() -> None:
+            try:
+                ended.append(trainer.fit())
+            except Exception as error:
+                ended.append(error)
 
-    def on_run_end(self, run_key: str, status: str, error: str | None) -> None:
-        self._send(run_key)
-        self._tracker.run_ended.remote(run_key, status, error)
+        thread = threading.Thread(target=fit, daemon=True)
+        thread.start()
+        idle_since: float | None = None
+        while thread.is_alive():
+            thread.join(POLL_S)
+            if not self._context.marker.is_set() or any(is_held(self._storage.run(run.run_key)) for run in runs):
+                idle_since = None
+            elif idle_since is None:
+                idle_since = time.monotonic()
+            elif time.monotonic() - idle_since >= ABANDON_AFTER_S:
+                return []  # with this process, Ray ends the group
+        if isinstance(ended[0], Exception):
+            raise ended[0]
+        return ended[0].metrics["outcomes"]
 
-    def _send(self, run_key: str) -> None:
-        if self._bundle:
-            self._tracker.train_steps.remote(run_key, self._bundle)
-        self._bundle, self._sent = [], now()
+    def _trainer(self, trial: TrialSpec) -> Any:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+        from ray.tune.integration.ray_train import TuneReportCallback
+
+        from jmedlora.orchestrator.workers import WorkerConfig, train_worker
+
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(WAIT_FOR_PLACE_S)
+        context = self._context
+        self._starts += 1
+        per_worker: dict[str, float] = {"CPU": trial.cpus_per_worker}
+        if trial.gpus_per_worker:
+            per_worker["GPU"] = trial.gpus_per_worker
+        return TorchTrainer(
+            train_worker,
+            train_loop_config={
+                "trial": trial,
+                "storage": context.storage,
+                "sources": Path(context.sources),
+                "offline": context.offline,
+                "tracker": context.tracker,
+                "marker": context.marker,
+                "hints": context.hints,
+            },
+            torch_config=WorkerConfig(backend="nccl" if trial.gpus_per_worker else "gloo"),
+            scaling_config=ScalingConfig(num_workers=trial.workers, use_gpu=bool(trial.gpus_per_worker), resources_per_worker=per_worker),
+            run_config=RunConfig(
+                name=f"{trial.trial_id}-{context.attempt}-{self._starts}",
+                storage_path=str(context.storage.sweep(context.plan.sweep).ray),
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+                callbacks=[TuneReportCallback()],
+                worker_runtime_env={"env_vars": worker_environment(context.resources, trial.cpus_per_worker, context.offline)},
+            ),
+        )
+
+    def _record_failure(self, run: RunSpec, error: Exception) -> None:
+        """Marks a run that the workers could not finish or mark themselves (killed, out of memory, no base model) as failed."""
+        told = last_line(error)
+        if hint := self._context.hints.get(run.run_key) if is_out_of_memory(error) else None:
+            told = f"{told}; what would fit: {hint}"
+        known = read_run(self._storage, run.run_key) or {"run_key": run.run_key, "settings": run.settings.model_dump(mode="json")}
+        if known.get("status") != "failed":
+            write_json(self._storage.run(run.run_key).run_json, {**known, "status": "failed", "error": told, "finished": now()})
+            ray.get(self._context.tracker.run_ended.remote(run.run_key, "failed", told))
+        self._failed.add(run.run_key)

@@ -61,7 +61,7 @@ def weight_bytes(shape: Architecture, family: Family, precision: Precision) -> f
 def estimate_trial(trial: TrialSpec, resources: ResourcesConfig, shapes: dict[str, Architecture]) -> TrialEstimate:
     """Estimates of one trial; `shapes` holds each model's architecture by name."""
     memory = max(_memory_bytes(run, trial.workers, shapes[run.model.name]) for run in trial.runs) / GIGABYTE
-    seconds = TRIAL_START_S + sum(_training_flop(run) for run in trial.runs) / (_rate(resources) * trial.workers)
+    seconds = TRIAL_START_S + sum(_training_tokens(run) * training_flop_per_token(run) for run in trial.runs) / (_rate(resources) * trial.workers)
     disk = sum(_disk_bytes(run, shapes[run.model.name]) for run in trial.runs)
     return TrialEstimate(memory, not resources.gpus_per_worker or memory <= resources.gpu_memory_gb, seconds, disk)
 
@@ -118,10 +118,10 @@ def _training_tokens(run: RunSpec) -> float:
     return run.total_steps * min(run.settings.batch_size, run.rows) * _row_tokens(run)
 
 
-def _training_flop(run: RunSpec) -> float:
-    # forward and gradient of activations through the frozen weights; recomputation costs another forward pass
+def training_flop_per_token(run: RunSpec) -> float:
+    """Forward, and gradients of activations through the frozen weights; recomputation costs another forward pass."""
     passes = 3 if run.settings.gradient_checkpointing else 2
-    return _training_tokens(run) * 2 * passes * run.model_parameters
+    return 2.0 * passes * run.model_parameters
 
 
 def asked_tokens(spec: EvaluationSpec, model: ModelConfig) -> tuple[float, float]:
@@ -161,8 +161,9 @@ def _memory_bytes(run: RunSpec, workers: int, shape: Architecture) -> float:
 
 
 def _disk_bytes(run: RunSpec, shape: Architecture) -> int:
-    adapter = 4 * lora_parameters(run.model.family, shape, run.settings.rank, run.settings.targets)
-    state = 3 * adapter  # weights and two moments in fp32, kept once
+    parameters = lora_parameters(run.model.family, shape, run.settings.rank, run.settings.targets)
+    adapter = int(_BYTES[run.compute_precision]) * parameters
+    state = 3 * 4 * parameters  # weights and two moments in fp32, kept once
     return adapter * len(run.checkpoint_steps) + state
 
 

@@ -23,8 +23,10 @@ from jmedlora.plan.checks import check_chat, check_prompt, check_reference, chec
 from jmedlora.plan.evaluations import plan_evaluations
 from jmedlora.plan.expand import expand_runs
 from jmedlora.plan.identity import base_key, model_identity, run_key, trajectory_key
+from jmedlora.plan.layout import Storage
+from jmedlora.plan.retention import notes_on_keeping
 from jmedlora.plan.shapes import architecture_of, model_parameters
-from jmedlora.plan.specs import BaseSpec, Plan, RunSpec, TrialSpec
+from jmedlora.plan.specs import BaseSpec, EvaluationSpec, KeepRule, Plan, RunSpec, TrialSpec
 from jmedlora.plan.weights import WeightsFolder, locate_weights
 
 SAMPLE_ROWS = 200
@@ -115,17 +117,19 @@ class _Planner:
             spec = self._run(each, models[each.model], data[each.data])
             by_key.setdefault(spec.run_key, spec)
         runs = list(by_key.values())
-        return Plan(
+        plan = Plan(
             sweep=config.name,
             bases=list({base.run_key: base for base in [*self._bases(runs, models), *self._references(models)]}.values()),
             runs=runs,
             evaluations=evaluations,
             trials=[self._trial([run]) for run in runs],
             default_prompt=config.evaluation_prompts[0],
+            keep=self._keep(evaluations),
             missing=self.missing,
             notes=_notes_on_repeats(len(settings), len(runs)),
             note=config.note,
         )
+        return plan.model_copy(update={"notes": [*plan.notes, *notes_on_keeping(plan, Storage(config.storage_path))]})
 
     # -- sources
 
@@ -245,6 +249,22 @@ class _Planner:
                 )
             )
         return specs
+
+    def _keep(self, evaluations: list[EvaluationSpec]) -> KeepRule:
+        """The keep rule, with the evaluation that decides what is best."""
+        keep, by = self.config.keep, self.config.keep.by
+        asked = {
+            "benchmark": by.benchmark or self.config.benchmarks[0].name,
+            "shots": self.config.shots[0] if by.shots is None else by.shots,
+            "prompt": self.config.prompts[by.prompt or self.config.evaluation_prompts[0]].name,
+            "scoring": by.scoring or self.config.evaluate.scoring[0],
+        }
+        found = [
+            spec.folder
+            for spec in evaluations
+            if {"benchmark": spec.benchmark.name, "shots": spec.shots, "prompt": spec.prompt.name, "scoring": spec.scoring} == asked
+        ]
+        return KeepRule(checkpoints=keep.checkpoints, metric=by.metric, evaluation=found[0], state=keep.state)
 
     def _trial(self, runs: list[RunSpec]) -> TrialSpec:
         resources = self.config.resources

@@ -70,6 +70,7 @@ def plan_as_json(plan: Plan, config: SweepConfig) -> dict[str, Any]:
             for trial, estimate in zip(plan.trials, trials, strict=True)
         ],
         "totals": asdict(totals),
+        "keep": plan.keep.model_dump(mode="json"),
         "missing": plan.missing,
         "notes": plan.notes,
     }

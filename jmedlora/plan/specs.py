@@ -88,6 +88,31 @@ class TrialSpec(Part):
     gpus_per_worker: int
 
 
+class KeepRule(Part):
+    """Which weights stay on disk once everything that is asked of a checkpoint is evaluated; part of no identity."""
+
+    checkpoints: Literal["all", "last", "best"] | int = "all"
+    metric: Literal["accuracy", "exact_match", "gestalt_score"] = "accuracy"
+    evaluation: str = ""
+    """EvaluationSpec.folder of the evaluation whose metric decides what is best."""
+    state: Literal["keep", "drop"] = "keep"
+
+    @property
+    def removes_nothing(self) -> bool:
+        return self.checkpoints == "all" and self.state == "keep"
+
+    def at_most(self, checkpoints: int) -> int:
+        """How many of so many checkpoints stay at the end, at most."""
+        if self.checkpoints == "all":
+            return checkpoints
+        return min(checkpoints, {"last": 1, "best": 2}[self.checkpoints] if isinstance(self.checkpoints, str) else self.checkpoints)
+
+    def __str__(self) -> str:
+        if self.checkpoints == "best":
+            return f"best by {self.metric} on {self.evaluation.rsplit('.', 1)[0]}, and last"
+        return f"newest {self.checkpoints}" if isinstance(self.checkpoints, int) else self.checkpoints
+
+
 class Plan(Part):
     """A whole sweep, ready to be started."""
 
@@ -98,6 +123,7 @@ class Plan(Part):
     trials: list[TrialSpec]
     default_prompt: str
     """Prompt whose metrics are named without the prompt in MLflow."""
+    keep: KeepRule = KeepRule()
     missing: list[str] = []
     """Sources that are not here yet, a line each."""
     notes: list[str] = []

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import yaml
 from pydantic import ValidationError
 
@@ -16,7 +20,17 @@ def write_plan(config: SweepConfig, plan: Plan, storage: Storage) -> None:
     """Writes sweep.yaml (presets resolved, paths absolute) and plan.json into the sweep's folder."""
     folder = storage.sweep(plan.sweep)
     write_text(folder.sweep_yaml, yaml.safe_dump(config.model_dump(mode="json"), allow_unicode=True, sort_keys=False, width=140))
-    write_text(folder.plan_json, plan.model_dump_json(indent=1))
+    with plans_lock(storage):
+        write_text(folder.plan_json, plan.model_dump_json(indent=1))
+
+
+@contextmanager
+def plans_lock(storage: Storage) -> Iterator[None]:
+    """Holds the plans of all sweeps of a storage: none is written while what no plan needs is being removed."""
+    storage.plans_lock.parent.mkdir(parents=True, exist_ok=True)
+    with storage.plans_lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def read_plan(storage: Storage, sweep: str) -> Plan | None:

@@ -9,11 +9,12 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
 from jmedlora.config.benchmark import DEFAULT_METRICS, METRIC_VARIANTS, BenchmarkConfig
 from jmedlora.config.data import DataConfig
-from jmedlora.config.digest import KEY_LENGTH
+from jmedlora.config.digest import KEY_LENGTH, key_of
 from jmedlora.plan.naming import epochs_of, number, targets_of
 from jmedlora.plan.records import Record
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec
 
+_RULES_DIGITS = 8
 SCORES = ("accuracy", "exact_match", "gestalt_score")
 # MLflow's page groups by the first column and lays the second one side by side
 _TABLE_COLUMNS = ("problem_id", "response", "answer", "question", "prediction", "chosen", "gold", "correct", "exact_match", "gestalt_score")
@@ -99,6 +100,25 @@ def metric_prefix(plan: Plan, evaluation: EvaluationSpec) -> str:
     parts += [evaluation.prompt.name] * (evaluation.prompt.name != plan.default_prompt)
     parts += [evaluation.scoring] * (evaluation.scoring != "generate")
     return "/".join(parts)
+
+
+def table_path(evaluation: EvaluationSpec) -> str:
+    """Where a run's predictions lie among its artifacts."""
+    way = "" if evaluation.scoring == "generate" else f".{evaluation.scoring}"
+    return f"predictions/{evaluation.benchmark.name}.{evaluation.shots}shot.{evaluation.prompt.name}{way}.json"
+
+
+def scored_with(plan: Plan) -> dict[str, dict[str, str]]:
+    """Per benchmark, by the name of a tag: for each way of evaluating, by the name of its metrics, a digest of what its scores follow from.
+
+    Under one name, scores of different questions, settings or exam rules would be several points of one step.
+    """
+    tags: dict[str, dict[str, str]] = {}
+    for item in plan.evaluations:
+        exam = item.benchmark.exam.model_dump(mode="json") if item.benchmark.exam else None
+        digest = key_of([item.evaluation_key, item.metrics.model_dump(mode="json"), exam])
+        tags.setdefault(f"jmedlora.scored.{item.benchmark.name}", {})[metric_prefix(plan, item)] = digest[:_RULES_DIGITS]
+    return tags
 
 
 def score_points(prefix: str, metrics: Record, step: int) -> list[Metric]:

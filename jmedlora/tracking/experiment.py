@@ -7,13 +7,16 @@ import json
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from jmedlora.config.clock import now
 from jmedlora.plan.specs import Plan
 from jmedlora.tracking.entities import metric_prefix, milliseconds
 from jmedlora.tracking.location import VIEW
 
 ROLE = "jmedlora.role"
 SWEEP_ROLE = "sweep"
+RUN_KEY = "jmedlora.run_key"
+PARENT = "mlflow.parentRunId"
+REPLACED = "jmedlora.replaced"
+_KIND = ("mlflow.experimentKind", "custom_model_development")
 
 
 def find_or_create_experiment(client: MlflowClient, plan: Plan, artifacts: str | None) -> str:
@@ -25,17 +28,38 @@ def find_or_create_experiment(client: MlflowClient, plan: Plan, artifacts: str |
         experiment_id = experiment.experiment_id
         if experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment_id)
-    # without the kind, MLflow's page asks what the experiment is for
-    tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": _description(plan)}
-    for key, value in (tags | {f"mlflow.sharedViewState.{VIEW}": _view_state(plan)}).items():
+    mark_experiment(client, experiment_id)
+    for key, value in {"mlflow.note.content": _description(plan), f"mlflow.sharedViewState.{VIEW}": _view_state(plan)}.items():
         client.set_experiment_tag(experiment_id, key, value)
-    return experiment_id
+    return str(experiment_id)
 
 
-def create_parent(client: MlflowClient, experiment_id: str, plan: Plan) -> str:
-    """The id of a new parent run."""
-    tags = {ROLE: SWEEP_ROLE, "mlflow.note.content": _description(plan), "mlflow.source.name": "jmedlora"}
-    return client.create_run(experiment_id, start_time=milliseconds(now()), tags=tags, run_name=plan.sweep).info.run_id
+def mark_experiment(client: MlflowClient, experiment_id: str) -> None:
+    """Tells the kind of the experiment, without which MLflow's page asks what it is for."""
+    client.set_experiment_tag(experiment_id, *_KIND)
+
+
+def discard(client: MlflowClient, run_id: str) -> None:
+    """Deletes a run for good: marked, so that it is told from the others when the whole experiment is deleted and restored."""
+    client.set_tag(run_id, REPLACED, "true")
+    client.delete_run(run_id)
+
+
+def find_or_create_parent(client: MlflowClient, experiment_id: str, plan: Plan, started: float, found: list[Run], held: str) -> str:
+    """The id of the sweep's parent run among the experiment's runs `found`, or of a new one; deletes what is there beside it.
+
+    started: when the sweep did, in seconds since the epoch; held: the parent so far, empty where none is known.
+    """
+    parents = [run.info.run_id for run in found if run.data.tags.get(ROLE) == SWEEP_ROLE]
+    if not parents:
+        tags = {ROLE: SWEEP_ROLE, "mlflow.note.content": _description(plan), "mlflow.source.name": "jmedlora"}
+        return str(client.create_run(experiment_id, start_time=milliseconds(started), tags=tags, run_name=plan.sweep).info.run_id)
+    followed = [run.data.tags.get(PARENT) for run in found]
+    kept = max(sorted(parents), key=lambda run_id: (run_id == held, followed.count(run_id)))
+    for run_id in parents:
+        if run_id != kept:
+            discard(client, run_id)
+    return kept
 
 
 def runs_of_experiment(client: MlflowClient, experiment_id: str) -> list[Run]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -16,11 +17,13 @@ from jmedlora.config import clock
 from jmedlora.data.atomic import write_json, write_json_lines
 from jmedlora.plan.layout import RunFolder
 from jmedlora.plan.specs import RunSpec
+from jmedlora.training.patience import when_there_is_room
 
 _LIBRARIES = ("jmedlora", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "datasets")
 
 
-Status = Literal["finished", "failed"]
+Status = Literal["finished", "failed", "interrupted"]
+"""`interrupted`: stopped with its state saved; it goes on from there."""
 
 
 class Listener(Protocol):
@@ -79,9 +82,13 @@ class RunRecords:
 
     def add_step(self, record: dict[str, Any]) -> None:
         """Adds a line to train.jsonl."""
-        with self._folder.train_jsonl.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record) + "\n")
+        line = (json.dumps(record) + "\n").encode()
+        when_there_is_room(lambda: _append(self._folder.train_jsonl, line), f"record of step {record['step']}", self.add_note)
         self._listener.on_step(self._run_key, record)
+
+    def add_note(self, note: str) -> None:
+        """Adds a line to what there is to tell about the run."""
+        self.tell(notes=[*self._facts["notes"], note])
 
     def sync(self) -> None:
         """Makes sure that train.jsonl is on disk as far as it is written: before a state that goes on from there."""
@@ -93,12 +100,24 @@ class RunRecords:
         self._listener.on_checkpoint(self._run_key, step)
 
     def end(self, status: Status, error: str | None) -> None:
-        """Marks the run as finished or failed."""
+        """Marks the run as finished, failed or interrupted."""
         self.tell(status=status, error=error, finished=clock.now())
         self._listener.on_run_end(self._run_key, status, error)
 
     def _write(self) -> None:
-        write_json(self._folder.run_json, self._facts)
+        when_there_is_room(lambda: write_json(self._folder.run_json, self._facts), "run.json", self._facts["notes"].append)
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Adds a whole line or nothing, also where the disk fills up in the middle of it."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            os.ftruncate(file.fileno(), size)
+            raise
 
 
 def _read_facts(folder: RunFolder) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from jmedlora.plan.specs import RunSpec
 from jmedlora.training.batches import MiniBatches, divide
 from jmedlora.training.engine import NotFinite, RunEngine, sums_over_workers
 from jmedlora.training.loss import collate, labelled_tokens
+from jmedlora.training.patience import when_there_is_room
 from jmedlora.training.process import Worker
 from jmedlora.training.records import RunRecords, library_versions
 from jmedlora.training.schedule import factor
@@ -70,12 +71,14 @@ def train_run(
     records: RunRecords | None,
     checkpoint_steps: list[int],
     start: int = 0,
-) -> None:
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
     """Trains one adapter and writes its checkpoints to `folder`; `base` is afterwards as it was before.
 
     records: on the leading worker only. checkpoint_steps: steps after which an adapter is written, the last one among them.
-    start: steps that are done, whose state is in `folder`.
-    Raises NotFinite, on every worker alike, when loss or gradient is not a number.
+    start: steps that are done, whose state is in `folder`. should_stop: asked at every step on every worker; where one says
+    yes, all stop after the step, with its state saved.
+    Returns whether all steps are done. Raises NotFinite, on every worker alike, when loss or gradient is not a number.
     """
     rows = _TrainingSet(spec, base, sources)
     batches = MiniBatches(rows.lengths, spec.settings.batch_size, spec.settings.seed, spec.settings.length_grouping)
@@ -87,18 +90,29 @@ def train_run(
     with _adapter(spec, base.model, worker, start, state) as (adapted, engine, dropout):
         saved_at = time.monotonic()
         for step in range(start + 1, spec.total_steps + 1):
-            is_due = worker.leads and time.monotonic() - saved_at >= STATE_EVERY_S
-            record, is_agreed = _train_step(spec, step, rows, batches, engine, dropout, worker, base.tokenizer, is_due)
+            wishes = _Wishes(worker.leads and time.monotonic() - saved_at >= STATE_EVERY_S, should_stop())
+            record, wishes = _train_step(spec, step, rows, batches, engine, dropout, worker, base.tokenizer, wishes)
             if records is not None:
                 records.add_step(record)
             is_checkpoint = step in checkpoint_steps
             if is_checkpoint:
                 _checkpoint(spec, step, folder, adapted, engine, records)
-            if is_checkpoint or is_agreed:
+            if is_checkpoint or wishes.state or wishes.stop:
                 _save_state(spec, step, folder, engine, records)
                 saved_at = time.monotonic()
+            if wishes.stop and step < spec.total_steps:
+                return False
     if records is not None:
         keep_newest(folder, 1)
+    return True
+
+
+@dataclass(frozen=True)
+class _Wishes:
+    """What a worker, or any of them, wants to be done after a step."""
+
+    state: bool
+    stop: bool
 
 
 class _TrainingSet:
@@ -155,9 +169,9 @@ def _train_step(
     dropout: DropoutContext,
     worker: Worker,
     tokenizer: PreTrainedTokenizerBase,
-    wish: bool,
-) -> tuple[dict[str, Any], bool]:
-    """One optimizer step over all workers; returns its line of train.jsonl, and whether a worker has a wish."""
+    wishes: _Wishes,
+) -> tuple[dict[str, Any], _Wishes]:
+    """One optimizer step over all workers; returns its line of train.jsonl, and what any of the workers wishes."""
     settings, started = spec.settings, time.perf_counter()
     taken = batches.rows_of(step)
     labelled = rows.labelled(taken)
@@ -167,7 +181,7 @@ def _train_step(
         dropout.enter(step, micro_batch.rows, worker.device)
         tensors = collate(rows.take(micro_batch.rows), int(tokenizer.pad_token_id), worker.device)
         total += engine.backward(tensors, micro_batch.weight, labelled, last=place == len(mine))
-    summed, wishes = sums_over_workers([total, torch.tensor(float(wish))])
+    summed, state, stop = sums_over_workers([total, torch.tensor(float(wishes.state)), torch.tensor(float(wishes.stop))])
     loss = summed / labelled
     if not math.isfinite(loss):
         raise NotFinite(f"step {step}: the loss is {loss}")
@@ -186,18 +200,22 @@ def _train_step(
         "seconds": time.perf_counter() - started,
         "time": clock.now(),
     }
-    return record, wishes > 0
+    return record, _Wishes(state > 0, stop > 0)
 
 
 def _checkpoint(spec: RunSpec, step: int, folder: RunFolder, adapted: PeftModel, engine: RunEngine, records: RunRecords | None) -> None:
     tensors = engine.adapter_tensors()
     if records is not None:
-        save_adapter(folder.checkpoint(step), tensors, adapted.peft_config[ADAPTER], base_name(spec.model))
+        config, base = adapted.peft_config[ADAPTER], base_name(spec.model)
+        when_there_is_room(
+            lambda: save_adapter(folder.checkpoint(step), tensors, config, base), f"checkpoint of step {step}", records.add_note
+        )
         records.add_checkpoint(step)
 
 
 def _save_state(spec: RunSpec, step: int, folder: RunFolder, engine: RunEngine, records: RunRecords | None) -> None:
     tensors = engine.state_tensors()
     if records is not None:
+        facts = {"run_key": spec.run_key, "total_steps": spec.total_steps, "versions": library_versions()}
         records.sync()
-        save_state(folder, step, tensors, {"run_key": spec.run_key, "total_steps": spec.total_steps, "versions": library_versions()})
+        when_there_is_room(lambda: save_state(folder, step, tensors, facts), f"state of step {step}", records.add_note)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jmedlora.config import clock
 from jmedlora.data.atomic import appearing
-from jmedlora.models.adapters import AdapterDamaged, verify
+from jmedlora.models.adapters import AdapterDamaged, verify_what_is_left
 from jmedlora.plan.layout import STATE_JSON, STATE_TENSORS, RunFolder
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def _problem(path: Path, run_key: str) -> str:
 def _first_damaged(folder: RunFolder, steps: list[int]) -> str:
     for step in steps:
         try:
-            verify(folder.checkpoint(step))
+            verify_what_is_left(folder.checkpoint(step))
         except AdapterDamaged as damaged:
             return f"the checkpoint of step {step} before it is damaged ({damaged})"
     return ""

@@ -293,6 +293,7 @@ def test_what_is_written(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         "prompt_tokens": sum(min(length, 236) for length in lengths),
         "new_tokens": metrics["new_tokens"],
         "truncated_prompts": sum(length > 236 for length in lengths),
+        "batch_size": 4,
         "seconds": metrics["seconds"],
         "time": 1_700_000_000.5,
         "device": "cpu",

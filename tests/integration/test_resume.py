@@ -3,76 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from jmedlora.models.adapters import verify
-from jmedlora.plan.layout import ADAPTER_WEIGHTS, CHECKSUMS, STATE_JSON, STATE_TENSORS, Storage
-from jmedlora.plan.records import read_run, read_training
-from jmedlora.plan.specs import RunSpec
-from jmedlora.training import engine, run
-from jmedlora.training.loop import train_trial
-from jmedlora.training.process import ensure_process_group
+from jmedlora.plan.layout import ADAPTER_WEIGHTS, STATE_JSON, STATE_TENSORS, Storage
+from jmedlora.plan.records import read_run
+from jmedlora.training import run
 from jmedlora.training.records import RunRecords
 from tests.integration.processes import run_training_workers
+from tests.integration.training_runs import curve, digests, train
 from tests.integration.training_worker import Silent
-from tests.tiny import run_spec, trial_of, write_rows
+from tests.tiny import run_spec, trial_of
 
 SETTINGS = {"schedule": "cosine", "warmup_steps": 1, "weight_decay": 0.1, "targets": "all-linear", "max_grad_norm": 0.5, "max_steps": 7}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JMEDLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(engine, "PERSISTENT_ELEMENTS", 0)
-        torch.set_num_threads(1)
-        ensure_process_group()
-        yield
-
-
-@pytest.fixture(scope="module")
-def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data"))
-
-
-class Killed(BaseException):
-    """What no handler of the loop stops."""
-
-
-def train(folder: Path, *specs: RunSpec, kill_at: int | None = None) -> list[int]:
-    """Trains, or dies right after a step is recorded; returns the steps that were taken."""
-    taken: list[int] = []
-
-    class Watching(Silent):
-        def on_step(self, run_key: str, record: dict[str, Any]) -> None:
-            taken.append(record["step"])
-            if record["step"] == kill_at:
-                raise Killed
-
-    try:
-        train_trial(trial_of(*specs), Storage(folder), folder, True, Watching())
-    except Killed:
-        assert kill_at is not None
-    return taken
-
-
-def digests(folder: Path, spec: RunSpec) -> dict[int, str]:
-    """SHA-256 of every checkpoint's weights, by step."""
-    found = {}
-    for step in spec.checkpoint_steps:
-        checkpoint = Storage(folder).run(spec.run_key).checkpoint(step)
-        verify(checkpoint)
-        found[step] = json.loads((checkpoint / CHECKSUMS).read_text())["files"][ADAPTER_WEIGHTS]["sha256"]
-    return found
-
-
-def curve(folder: Path, spec: RunSpec) -> list[tuple[int, float, float, float]]:
-    return [(line["step"], line["loss"], line["learning_rate"], line["grad_norm"]) for line in read_training(Storage(folder), spec.run_key)]
+pytestmark = pytest.mark.usefixtures("training_here")
 
 
 @pytest.mark.parametrize(("precision", "compute"), [("fp32", "fp32"), ("nf4", "fp32"), ("bf16", "bf16")])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ from jmedlora.models.source import materialise
 from jmedlora.plan.layout import ADAPTER_WEIGHTS, Storage
 from jmedlora.plan.records import read_run, read_training
 from jmedlora.plan.specs import RunSpec
-from jmedlora.training import engine, run
+from jmedlora.training import run
 from jmedlora.training.batches import MiniBatches
 from jmedlora.training.engine import RunEngine
 from jmedlora.training.loop import RunOutcome, train_trial
-from jmedlora.training.process import ensure_process_group, this_worker
+from jmedlora.training.process import this_worker
 from jmedlora.training.schedule import factor
 from tests.tiny import PROMPT, run_spec, trial_of, write_rows
 
@@ -58,20 +57,7 @@ class Told:
         self.calls.append(("end", run_key, status))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of this module's own, one thread, and ZeRO-3 that shards tiny weights as it does large ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JMEDLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(engine, "PERSISTENT_ELEMENTS", 0)
-        torch.set_num_threads(1)
-        ensure_process_group()
-        yield
-
-
-@pytest.fixture(scope="module")
-def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("training_here")
 
 
 def train(folder: Path, *specs: RunSpec, listener: Told | None = None) -> list[RunOutcome]:

@@ -10,7 +10,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from jmedlora.config.faults import BadInput
 from jmedlora.config.parts import Family
+from jmedlora.evaluation.batching import answer_in_batches
 from jmedlora.evaluation.generation import Generation, decode_greedily, encode_prompts, max_prompt_tokens
+from jmedlora.evaluation.journal import AnswersSoFar
 from jmedlora.evaluation.metrics import first_line_is_complete
 from jmedlora.models.random_models import build_model, byte_tokenizer
 from tests.tiny import tiny_model
@@ -212,3 +214,50 @@ def test_a_batch_holds_prompts_of_similar_length(tokenizer: PreTrainedTokenizerB
     made = generate_responses(model, tokenizer, prompts, 1, 3, "cpu")
     assert len(made.texts) == len(prompts)
     assert model.rows_seen == [3, 3, 1, 1]
+
+
+def test_what_is_answered_leaves_its_batch_and_moves_nothing_else() -> None:
+    prompts, asked, told = [[7] * length for length in (5, 1, 3, 2, 4, 6, 8, 7)], [], []
+    so_far = AnswersSoFar(3)
+    so_far.add({1: "a", 3: "b", 4: "c"})
+
+    def answer(rows: list[int]) -> list[str]:
+        asked.append(rows)
+        return [f"{row}" for row in rows]
+
+    answer_in_batches(prompts, answer, so_far, 3, on_batch=told.append)
+    assert asked == [[2], [0, 5], [7, 6]], "batches are (1, 3, 2), (4, 0, 5), (7, 6)"
+    assert told == [3, 4, 6, 8]
+    assert so_far.answers == {0: "0", 1: "a", 2: "2", 3: "b", 4: "c", 5: "5", 6: "6", 7: "7"}
+
+
+@pytest.mark.parametrize(
+    ("width", "batch_size", "left", "sizes"),
+    [
+        (1, 5, 2, [5, 2, 2, 1, 2, 2, 1, 1]),
+        (1, 11, 2, [11, 5, 2, 2, 2, 2, 2, 1]),
+        (4, 23, 8, [5, 2, 2, 1, 2, 2, 1, 1]),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(width: int, batch_size: int, left: int, sizes: list[int]) -> None:
+    tried: list[int] = []
+
+    def answer(rows: list[int]) -> list[int]:
+        tried.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return rows
+
+    so_far = AnswersSoFar(batch_size)
+    answer_in_batches([[7]] * 11, answer, so_far, batch_size, width)
+    assert tried == sizes
+    assert so_far.batch_size == left
+    assert so_far.answers == {row: row for row in range(11)}
+
+
+def test_a_single_prompt_that_does_not_fit_is_an_error() -> None:
+    def answer(rows: list[int]) -> list[int]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        answer_in_batches([[7]] * 4, answer, AnswersSoFar(4), 4)

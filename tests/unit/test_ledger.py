@@ -14,6 +14,7 @@ from rich.console import Console
 
 from jmedlora.config.compose import load_sweep
 from jmedlora.config.faults import BadInput, Fault
+from jmedlora.data.atomic import write_text
 from jmedlora.orchestrator.driver import run_sweep
 from jmedlora.orchestrator.errors import Refused, is_told_by, last_line, refusals, told
 from jmedlora.orchestrator.ledger import HeldByAnother, all_jobs, driver_lock, is_done, is_ready, run_status, standing
@@ -79,6 +80,22 @@ def test_a_sweep_stands_where_storage_says(tmp_path: Path) -> None:
     assert (state.evaluations_done, state.evaluations, state.is_complete) == (1, 4, False)
 
 
+def test_an_interrupted_run_is_counted_as_such_and_is_not_complete(tmp_path: Path) -> None:
+    _, plan = open_sweep("smoke", ["shots=[0]"])
+    storage = Storage(tmp_path)
+    for job in all_jobs(plan):
+        write_text(storage.run(job.run_key).evaluation(job.evaluation.folder, job.step) / METRICS, "{}")
+    for run, status in zip(plan.runs, ("finished", "interrupted"), strict=True):
+        write_text(storage.run(run.run_key).checkpoint(run.total_steps) / CHECKSUMS, "{}")
+        write_text(storage.run(run.run_key).run_json, json.dumps({"status": status}))
+    state = standing(plan, storage)
+    first, second = (run.run_key for run in plan.runs)
+    assert state.runs == {"finished": [first], "running": [], "interrupted": [second], "waiting": [], "failed": []}
+    assert (state.evaluations_done, state.evaluations) == (4, 4) and not state.is_complete
+    write_text(storage.run(second).run_json, '{"status": "finished"}')
+    assert standing(plan, storage).is_complete
+
+
 def test_a_held_sweep_is_told_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_sweep("smoke", [f"storage={tmp_path}"])
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
@@ -133,7 +150,7 @@ def test_progress_counts_earlier_runs_and_tells_what_starts(tmp_path: Path) -> N
     storage.run(first.run_key).run_json.write_text(json.dumps({"status": "finished"}))
     names = names_of(plan)
     display = ProgressDisplay(Console(quiet=True), plan, storage, None, all_jobs(plan), names, 1, 1)
-    state: dict[str, Any] = {"runs": {}, "evaluating": [], "evaluation_s": None}
+    state: dict[str, Any] = {"runs": {}, "evaluating": [], "evaluation_s": None, "tracking": None}
     assert "starting workers; runs 1/2 trained" in display.line(state)
     state["runs"][second.run_key] = {"status": "starting"}
     assert f"starting {names[second.run_key]}; runs 1/2" in display.line(state)
