@@ -134,22 +134,23 @@ class DisturbedSweep:
 
     # -- its processes
 
-    def processes(self) -> list[psutil.Process]:
-        """All that this sweep has started, in any of its starts, and that is alive."""
+    def processes(self, of_this_start: bool = False) -> list[psutil.Process]:
+        """All that this sweep has started, in any of its starts or in this one alone, and that is alive."""
+        sessions = self._sessions[-1:] if of_this_start else self._sessions
         found = []
         for pid in psutil.pids():
             try:
-                if os.getsid(pid) in self._sessions and (process := psutil.Process(pid)).status() != psutil.STATUS_ZOMBIE:
+                if os.getsid(pid) in sessions and (process := psutil.Process(pid)).status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except (ProcessLookupError, psutil.NoSuchProcess):
                 continue
         return found
 
     def find(self, kind: str) -> psutil.Process | None:
-        """The process of a kind (TITLES, or `driver`), if there is one."""
+        """This start's process of a kind (TITLES, or `driver`), if there is one."""
         if kind == "driver":
             return psutil.Process(self.driver.pid) if self.driver.poll() is None else None
-        for process in self.processes():
+        for process in self.processes(of_this_start=True):
             try:
                 if re.match(TITLES[kind], " ".join(process.cmdline())):
                     return process
@@ -157,10 +158,10 @@ class DisturbedSweep:
                 continue
         return None
 
-    def leftovers(self, within_s: float = 30) -> list[str]:
-        """The command lines of what is still alive some time after the driver's end."""
-        _, alive = psutil.wait_procs(self.processes(), timeout=within_s)
-        return [" ".join(process.cmdline())[:120] for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    def leftovers(self, within_s: float = 120) -> list[str]:
+        """What is still alive some time after the driver's end; Ray's agents of a killed one take a minute."""
+        psutil.wait_procs(self.processes(), timeout=within_s)
+        return [str(process) for process in self.processes()]
 
     def stop(self) -> None:
         """Ends whatever is left of it."""

@@ -49,6 +49,7 @@ def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = 
 
     config, planned = open_sweep(sweep, overrides)
     from jmedlora.plan.checks import check_keys
+    from jmedlora.plan.fitting import check_fit
     from jmedlora.plan.layout import Storage
     from jmedlora.plan.leaks import refuse_leaks
 
@@ -57,6 +58,8 @@ def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = 
         from jmedlora.orchestrator.preflight import fetch_missing
 
         planned = fetch_missing(config, planned)
+    else:
+        check_fit(planned, config, Storage(config.storage_path))
     refuse_leaks(config, cache_dir())
     # what can be wrong is known by now: from here on the heavy libraries are worth their time
     from jmedlora.orchestrator.driver import run_sweep

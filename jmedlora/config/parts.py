@@ -200,8 +200,10 @@ class ResourcesConfig(Part):
     """GPUs of the cluster at its largest, not today's."""
     gpu_memory_gb: Annotated[Number, Field(gt=0)] = 80
     """Memory of one GPU, for the plan's estimates."""
+    memory_check: Literal["refuse", "allow"] = "refuse"
+    """Whether a sweep starts with runs that need more memory than a GPU has, by the plan's estimates."""
     tflops: Annotated[Number, Field(gt=0)] | None = None
-    """Sustained TFLOP/s of one worker, for the plan's estimates; left out: 200 for a GPU, 0.06 for a CPU core."""
+    """Sustained TFLOP/s of one worker, for the plan's estimates; left out: 300 for a GPU (200 with NF4 weights), 0.06 for a CPU core."""
     max_concurrent_trials: Annotated[Whole, Field(ge=1)] | None = None
     """Left out: as many as the machines hold."""
     max_failures: Annotated[Whole, Field(ge=0)] = 2

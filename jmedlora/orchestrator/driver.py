@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 import uuid
 from contextlib import ExitStack
@@ -25,7 +27,8 @@ from jmedlora.orchestrator.errors import is_told_by, last_line
 from jmedlora.orchestrator.evaluation_pool import EvaluationPool
 from jmedlora.orchestrator.joining import check_cluster, joined_ray
 from jmedlora.orchestrator.keeping import KeepingToRule, settle_rule, told
-from jmedlora.orchestrator.ledger import Standing, all_jobs, driver_lock, run_status, standing
+from jmedlora.orchestrator.ledger import Standing, all_jobs, run_status, standing
+from jmedlora.orchestrator.locks import sweep_lock
 from jmedlora.orchestrator.order import InOrder
 from jmedlora.orchestrator.progress import ProgressDisplay
 from jmedlora.orchestrator.rebuild import changes_of
@@ -34,6 +37,7 @@ from jmedlora.orchestrator.stopping import StopMarker, graceful
 from jmedlora.orchestrator.tracker_actor import TrackerActor
 from jmedlora.orchestrator.trials import SweepContext, run_trial
 from jmedlora.plan.estimates import concurrent_trials
+from jmedlora.plan.fitting import hints_of
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.naming import names_of
 from jmedlora.plan.retention import forget_removed
@@ -79,7 +83,7 @@ def run_sweep(config: SweepConfig, plan: Plan, address: str | None, console: Con
         # another driver is told before Ray takes its time to start; in a new storage nothing is written before the cluster is checked
         begun = folder.ledger.is_dir()
         if begun:
-            stack.enter_context(driver_lock(folder))
+            stack.enter_context(sweep_lock(config, plan.sweep, _on_lost))
         if rescored := rescore_stored(plan, storage):
             console.print(f"scored {rescored} stored evaluations anew: metric settings or exam rules have changed")
         joined = cluster_address(address)
@@ -89,7 +93,7 @@ def run_sweep(config: SweepConfig, plan: Plan, address: str | None, console: Con
         stack.enter_context(joined_ray(config, joined, address))
         check_cluster(config, joined)
         if not begun:
-            stack.enter_context(driver_lock(folder))
+            stack.enter_context(sweep_lock(config, plan.sweep, _on_lost))
         folder.closed.unlink(missing_ok=True)
         write_plan(config, plan, storage)
         if again := forget_removed(plan, storage):
@@ -99,6 +103,12 @@ def run_sweep(config: SweepConfig, plan: Plan, address: str | None, console: Con
             return driver.run()
         except KeyboardInterrupt:
             return driver.stopped()
+
+
+def _on_lost(why: str) -> None:
+    """Another driver has the sweep now, or may have: this one stops with grace."""
+    log.error("the sweep is not held any more: %s", why)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 class _Driver:
@@ -119,7 +129,7 @@ class _Driver:
             names=self.names,
             attempt=attempt,
             marker=self.marker,
-            hints={},
+            hints=hints_of(plan, config),
         )
         self.training_is_over = threading.Event()
 

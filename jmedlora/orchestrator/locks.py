@@ -9,7 +9,8 @@ from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.locate import is_remote
 from jmedlora.config.sweep import SweepConfig
 from jmedlora.orchestrator.ledger import driver_lock
-from jmedlora.orchestrator.object_lock import StoreUnusable, object_lock
+from jmedlora.orchestrator.lock_objects import StoreUnusable
+from jmedlora.orchestrator.object_lock import object_lock
 from jmedlora.plan.layout import Storage
 
 

@@ -218,6 +218,8 @@ def _check_shape(run: RunSettings, config: SweepConfig, shape: Architecture, fau
         faults.append(Fault(where, "grid.rank", f"{run.rank} is greater than the layers of {run.model} are wide", f"at most {widest}"))
     elif not 0 < run.alpha_value < math.inf:
         faults.append(Fault(where, "training.alpha", f"{run.alpha!r:.60} is not allowed", "a number greater than 0, or such as 2r"))
+    if config.methods[run.method].quantisation == "nf4":
+        _check_packing(config.models[run.model], shape, 2 if config.resources.gpus_per_worker else 4, faults)
     if run.max_input_tokens + run.max_target_tokens > shape.max_positions:
         faults.append(
             Fault(
@@ -227,3 +229,12 @@ def _check_shape(run: RunSettings, config: SweepConfig, shape: Architecture, fau
                 f"together at most {shape.max_positions}",
             )
         )
+
+
+def _check_packing(model: ModelConfig, shape: Architecture, value_bytes: int, faults: list[Fault]) -> None:
+    """NF4 puts two weights into a byte, and as many bytes as a value of the compute format has into a stored one."""
+    for layer in linear_layers(model.family, shape):
+        if layer.in_features * layer.out_features % (2 * value_bytes):
+            told = f"{layer.name} of {model.name} has {layer.in_features} x {layer.out_features} weights, which NF4 cannot pack"
+            faults.append(Fault(f"model {model.name}", "architecture", told, f"a multiple of {2 * value_bytes}, or a method without nf4"))
+            return

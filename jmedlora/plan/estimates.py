@@ -5,28 +5,28 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from jmedlora.config.parts import ApiSource, Architecture, Family, ModelConfig, Precision, ResourcesConfig
-from jmedlora.plan.shapes import linear_parameters, lora_parameters, model_parameters
+from jmedlora.config.parts import ApiSource, Architecture, ModelConfig, Precision, ResourcesConfig
+from jmedlora.plan.allocations import BYTES
+from jmedlora.plan.memory import CHOICE_TOKENS, GIGABYTE, memory_of
+from jmedlora.plan.shapes import lora_parameters
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec, TrialSpec
 
-GIGABYTE = 1e9
-GPU_TFLOPS, CPU_CORE_TFLOPS = 200.0, 0.06
-"""Assumed sustained rates where `resources.tflops` gives none."""
+GPU_TFLOPS, GPU_NF4_TFLOPS, CPU_CORE_TFLOPS = 300.0, 200.0, 0.06
+"""Assumed sustained rates where `resources.tflops` gives none; on an H100, 312 to 477 were measured in bf16, 205 over NF4."""
 TRIAL_START_S = 15.0
 ANSWER_TOKENS = 16
 """Assumed length of an answer, where the prompt has no bound of its own."""
-CHOICE_TOKENS = 60
-"""Assumed length of a question's choices together."""
-_BYTES = {"fp32": 4.0, "bf16": 2.0}
-_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""4 bits a weight, an 8-bit scale per 64 weights, an fp32 scale per 256 of those."""
 
 
 @dataclass(frozen=True)
 class TrialEstimate:
-    """One trial: memory of one worker in GB, training time in seconds, bytes that its adapters and state take on disk."""
+    """One trial: memory of one worker in GB at its peak, training time in seconds, bytes that its adapters and state take on disk."""
 
     memory_gb: float
+    memory_items: dict[str, float]
+    """GB by what takes them, of the run that needs most."""
+    host_memory_gb: float
+    """Main memory of a worker while it loads and saves, beside what Python and its libraries take."""
     fits: bool
     seconds: float
     disk_bytes: int
@@ -49,21 +49,21 @@ class Totals:
     disk_bytes: int
 
 
-def weight_bytes(shape: Architecture, family: Family, precision: Precision) -> float:
-    """Bytes of the base weights; NF4 leaves embeddings, norms and the output projection in 2 bytes a weight."""
-    total = model_parameters(family, shape)
-    if precision != "nf4":
-        return total * _BYTES[precision]
-    linear = linear_parameters(family, shape)
-    return linear * _NF4_BYTES + (total - linear) * 2.0
-
-
 def estimate_trial(trial: TrialSpec, resources: ResourcesConfig, shapes: dict[str, Architecture]) -> TrialEstimate:
     """Estimates of one trial; `shapes` holds each model's architecture by name."""
-    memory = max(_memory_bytes(run, trial.workers, shapes[run.model.name]) for run in trial.runs) / GIGABYTE
-    seconds = TRIAL_START_S + sum(_training_tokens(run) * training_flop_per_token(run) for run in trial.runs) / (_rate(resources) * trial.workers)
+    on_gpu = resources.gpus_per_worker > 0
+    needed = [memory_of(run, trial.workers, shapes[run.model.name], on_gpu) for run in trial.runs]
+    most = max(needed, key=lambda estimate: estimate.total)
+    seconds = TRIAL_START_S + sum(_training_seconds(run, resources) for run in trial.runs) / trial.workers
     disk = sum(_disk_bytes(run, shapes[run.model.name]) for run in trial.runs)
-    return TrialEstimate(memory, not resources.gpus_per_worker or memory <= resources.gpu_memory_gb, seconds, disk)
+    return TrialEstimate(
+        memory_gb=most.total / GIGABYTE,
+        memory_items={name: round(size / GIGABYTE, 4) for name, size in most.items.items()},
+        host_memory_gb=max(estimate.host_bytes for estimate in needed) / GIGABYTE,
+        fits=not on_gpu or most.total <= resources.gpu_memory_gb * GIGABYTE,
+        seconds=seconds,
+        disk_bytes=disk,
+    )
 
 
 def estimate_totals(plan: Plan, trials: list[TrialEstimate], resources: ResourcesConfig) -> Totals:
@@ -103,19 +103,26 @@ def concurrent_trials(resources: ResourcesConfig) -> int | None:
     return max(1, int((resources.max_gpus - reserved) // per_trial))
 
 
-def _rate(resources: ResourcesConfig) -> float:
+def _rate(resources: ResourcesConfig, precision: Precision) -> float:
     """FLOP/s of one worker."""
-    assumed = GPU_TFLOPS * resources.gpus_per_worker if resources.gpus_per_worker else CPU_CORE_TFLOPS * resources.cpus_per_worker
+    of_gpu = GPU_NF4_TFLOPS if precision == "nf4" else GPU_TFLOPS
+    assumed = of_gpu * resources.gpus_per_worker if resources.gpus_per_worker else CPU_CORE_TFLOPS * resources.cpus_per_worker
     return (resources.tflops or assumed) * 1e12
 
 
-def _row_tokens(run: RunSpec) -> float:
+def row_tokens(run: RunSpec) -> float:
+    """Mean length of a run's rows, in tokens."""
     limit = run.settings.max_input_tokens + run.settings.max_target_tokens
     return min(limit, run.row_characters * run.model.tokens_per_character)
 
 
 def _training_tokens(run: RunSpec) -> float:
-    return run.total_steps * min(run.settings.batch_size, run.rows) * _row_tokens(run)
+    return run.total_steps * min(run.settings.batch_size, run.rows) * row_tokens(run)
+
+
+def _training_seconds(run: RunSpec, resources: ResourcesConfig) -> float:
+    """Of one worker that has all the work."""
+    return _training_tokens(run) * training_flop_per_token(run) / _rate(resources, run.precision)
 
 
 def training_flop_per_token(run: RunSpec) -> float:
@@ -139,30 +146,12 @@ def api_cost(source: ApiSource, model: ModelConfig, evaluations: list[Evaluation
 
 
 def _evaluation_seconds(spec: RunSpec | BaseSpec, evaluation: EvaluationSpec, resources: ResourcesConfig) -> float:
-    return sum(asked_tokens(evaluation, spec.model)) * 2 * spec.model_parameters / _rate(resources)
-
-
-def _memory_bytes(run: RunSpec, workers: int, shape: Architecture) -> float:
-    stage = run.deepspeed.zero_stage
-    adapter = lora_parameters(run.model.family, shape, run.settings.rank, run.settings.targets)
-    low = 2.0 if run.compute_precision == "bf16" else 4.0
-    weights = weight_bytes(shape, run.model.family, run.precision) / (workers if stage == 3 else 1)
-    gradients = adapter * low / (workers if stage >= 2 else 1)
-    optimizer = adapter * 12.0 / (workers if stage >= 1 else 1)
-    share = -(-run.settings.batch_size // workers)
-    rows = min(share, run.settings.micro_batch_size or share)
-    tokens = rows * (run.settings.max_input_tokens + run.settings.max_target_tokens)
-    per_layer = tokens * (12 * shape.hidden_size + 4 * shape.intermediate_size) * low
-    activations = (
-        per_layer + tokens * shape.hidden_size * low * shape.layers if run.settings.gradient_checkpointing else per_layer * shape.layers
-    )
-    logits = rows * run.settings.max_target_tokens * shape.vocabulary * (low + 8.0)
-    return weights + adapter * low + gradients + optimizer + activations + logits
+    return sum(asked_tokens(evaluation, spec.model)) * 2 * spec.model_parameters / _rate(resources, spec.precision)
 
 
 def _disk_bytes(run: RunSpec, shape: Architecture) -> int:
     parameters = lora_parameters(run.model.family, shape, run.settings.rank, run.settings.targets)
-    adapter = int(_BYTES[run.compute_precision]) * parameters
+    adapter = int(BYTES[run.compute_precision]) * parameters
     state = 3 * 4 * parameters  # weights and two moments in fp32, kept once
     return adapter * len(run.checkpoint_steps) + state
 

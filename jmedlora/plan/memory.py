@@ -1,33 +1,26 @@
-"""Memory of one worker while it trains, item by item, from shapes alone; and what would fit where a run does not.
+"""Memory of one worker while it trains or evaluates, item by item; and what would fit where a run does not.
 
-Sizes are bytes for rows of the greatest length that the settings allow. `low` is bytes of a value in the compute format.
-How far the figures are from real allocations: docs/gpu.md and tests/integration/test_memory.py.
+Sizes are bytes for rows of the greatest length that the settings allow. The formulas are in `allocations`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from jmedlora.config.parts import Architecture, Family, Precision, ResourcesConfig
-from jmedlora.plan.shapes import Linear, linear_layers, linear_parameters, lora_parameters, model_parameters, target_layers
-from jmedlora.plan.specs import RunSpec
+from jmedlora.config.parts import Architecture, ResourcesConfig
+from jmedlora.plan.allocations import BYTES, backward, held, host_bytes, optimizer_step, sizes_of, weight_bytes
+from jmedlora.plan.specs import BaseSpec, EvaluationSpec, RunSpec
 
 GIGABYTE = 1e9
 GPU_OVERHEAD_BYTES = 1.9e9
-"""CUDA context, cuBLAS workspaces and loaded kernels."""
-ESTIMATE_ERROR = 0.15
-"""How far estimates were from measured peaks at most."""
-LARGEST_BUCKET = 50_000_000
-"""Elements that ZeRO reduces at once; an engine's setting."""
-ZERO3_LIVE = 1_050_000_000
-"""Elements of gathered weights that ZeRO-3 keeps and fetches ahead at most."""
-_BYTES = {"fp32": 4.0, "bf16": 2.0}
-_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""4 bits a weight, an 8-bit scale per 64 weights, an fp32 scale per 256 of those."""
-_NF4_PLAIN_BYTES = 0.5 + 4 / 64
-"""Without double quantisation."""
+"""What lies outside torch's allocator: CUDA's context, NCCL, loaded kernels (1.4 to 1.8 GB on an H100)."""
+SLACK = 0.03
+"""What the allocator holds beside what is used, as a share; it holds more while there is room and gives it up when there is none."""
+ESTIMATE_ERROR = 0.1
+"""How far estimates were from measured peaks at most, rounded up."""
+CHOICE_TOKENS = 60
+"""Assumed length of a question's choices together."""
 
 
 @dataclass(frozen=True)
@@ -47,159 +40,118 @@ class MemoryEstimate:
         return max(self.items, key=lambda name: self.items[name])
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """What the parts of an estimate share."""
-
-    run: RunSpec
-    workers: int
-    shape: Architecture
-    tokens: float
-    labelled: float
-    low: float
-    adapter: int
-    linear: list[Linear]
-    adapted: list[Linear]
-
-    @property
-    def stage(self) -> int:
-        return self.run.deepspeed.zero_stage
-
-    @property
-    def family(self) -> Family:
-        return self.run.model.family
-
-
-def weight_bytes(shape: Architecture, family: Family, precision: Precision, compute: str = "bf16", double_quantisation: bool = True) -> float:
-    """Bytes of the base weights; NF4 leaves embeddings, norms, biases and the output projection in the compute format."""
-    total = model_parameters(family, shape)
-    if precision != "nf4":
-        return total * _BYTES[precision]
-    linear = linear_parameters(family, shape)
-    return linear * (_NF4_BYTES if double_quantisation else _NF4_PLAIN_BYTES) + (total - linear) * _BYTES[compute]
-
-
 def memory_of(run: RunSpec, workers: int, shape: Architecture, on_gpu: bool, row_tokens: float | None = None) -> MemoryEstimate:
     """The estimate of a run; `row_tokens`: length of its rows, where they are shorter than the settings allow."""
-    sizes = _sizes(run, workers, shape, row_tokens)
-    held = _held(sizes)
-    peak = max([*_backward(sizes), _optimizer_step(sizes, on_gpu)], key=lambda moment: sum(moment.values()))
-    overhead = {"CUDA context": GPU_OVERHEAD_BYTES} if on_gpu else {}
-    return MemoryEstimate({**held, **peak, **overhead}, _host_bytes(sizes))
+    sizes = sizes_of(run, workers, shape, row_tokens)
+    peak = max([*backward(sizes), optimizer_step(sizes, on_gpu)], key=lambda moment: sum(moment.values()))
+    items = {**held(sizes), **peak}
+    if on_gpu:
+        items |= {"CUDA and allocator": GPU_OVERHEAD_BYTES + SLACK * sum(items.values())}
+    return MemoryEstimate(items, host_bytes(sizes))
 
 
-def _sizes(run: RunSpec, workers: int, shape: Architecture, row_tokens: float | None) -> _Sizes:
-    settings, family = run.settings, run.model.family
-    share = -(-settings.batch_size // workers)
-    rows = min(share, settings.micro_batch_size or share)
-    longest = settings.max_input_tokens + settings.max_target_tokens
-    width = min(longest, row_tokens or longest)
-    return _Sizes(
-        run=run,
-        workers=workers,
-        shape=shape,
-        tokens=rows * width,
-        labelled=rows * min(settings.max_target_tokens, width),
-        low=_BYTES[run.compute_precision],
-        adapter=lora_parameters(family, shape, settings.rank, settings.targets),
-        linear=linear_layers(family, shape),
-        adapted=target_layers(family, shape, settings.targets),
-    )
+# ---------------------------------------------------------------- evaluation
 
 
-# ---------------------------------------------------------------- what is there all the time
+def evaluation_memory(
+    spec: RunSpec | BaseSpec, evaluations: list[EvaluationSpec], shape: Architecture, on_gpu: bool, adapter: int = 0
+) -> MemoryEstimate:
+    """The estimate of an evaluator that answers these evaluations one after another, with an adapter of so many weights in fp32.
 
-
-def _held(sizes: _Sizes) -> dict[str, float]:
-    run, stage, workers = sizes.run, sizes.stage, sizes.workers
-    weights = weight_bytes(sizes.shape, sizes.family, run.precision, run.compute_precision, run.method.double_quantisation)
-    has_masters = stage > 0 or run.compute_precision == "bf16"
-    items = {
-        "base weights": weights / (workers if stage == 3 else 1),
-        "adapter": sizes.adapter * sizes.low / (workers if stage == 3 else 1),
-        "optimizer": sizes.adapter * (12.0 if has_masters else 8.0) / (workers if stage else 1),
+    Prompts are taken to be twice as long as their mean, or as long as the model can read.
+    """
+    double = spec.method.double_quantisation if isinstance(spec, RunSpec) else spec.double_quantisation
+    items: dict[str, float] = {
+        "base weights": weight_bytes(shape, spec.model.family, spec.precision, spec.compute_precision, double),
+        "adapter": 4.0 * adapter,
     }
-    if stage == 3 and workers > 1:
-        items["gathered weights"] = min(weights + sizes.adapter * sizes.low, ZERO3_LIVE * sizes.low)
-    return items
+    answering = [_answering(spec, each, shape) for each in evaluations]
+    if answering:
+        needed = [sum(parts.values()) for parts in answering]
+        items |= answering[needed.index(max(needed))]
+    if on_gpu:
+        items |= {"CUDA and allocator": GPU_OVERHEAD_BYTES + SLACK * sum(items.values())}
+    return MemoryEstimate(items, 0.0)
 
 
-# ---------------------------------------------------------------- what comes and goes
-
-
-def _backward(sizes: _Sizes) -> Iterable[dict[str, float]]:
-    """Items of the two moments of a backward pass that may be the peak: at the loss, and within a layer."""
-    shape, tokens, low = sizes.shape, sizes.tokens, sizes.low
-    layer = tokens * _kept_by_layer(sizes)
-    kept = {"gradients": _gradients(sizes), "activations": layer * shape.layers}
-    in_layer = kept
-    if sizes.run.settings.gradient_checkpointing:
-        inputs = tokens * shape.hidden_size * low * shape.layers
-        kept, in_layer = {**kept, "activations": inputs}, {**kept, "activations": inputs + layer}
-    dequantised = max(each.in_features * each.out_features for each in sizes.linear) * low if sizes.run.precision == "nf4" else 0.0
-    # per token and word: the logarithms of the probabilities and two gradients, in fp32
-    yield {**kept, "logits": sizes.labelled * (12.0 * shape.vocabulary + 2 * low * shape.hidden_size)}
-    yield {**in_layer, "workspace": tokens * _passing(sizes) + dequantised}
-
-
-def _gradients(sizes: _Sizes) -> float:
-    """What is added up over micro-batches, and the buckets that ZeRO reduces it in."""
-    bucket = sizes.low * min(sizes.adapter, LARGEST_BUCKET) if sizes.workers > 1 or sizes.stage == 3 else 0.0
-    if sizes.stage == 0:
-        return sizes.low * sizes.adapter
-    if sizes.stage == 1:
-        return sizes.low * sizes.adapter + bucket
-    return 4.0 * sizes.adapter / sizes.workers + 2 * bucket
-
-
-def _optimizer_step(sizes: _Sizes, on_gpu: bool) -> dict[str, float]:
-    """Items of the optimizer's step: gradients in fp32, and Adam's denominators (on the CPU made one by one, and twice)."""
-    adapter, workers = float(sizes.adapter), sizes.workers
-    largest = sizes.run.settings.rank * max(max(layer.in_features, layer.out_features) for layer in sizes.adapted)
-    if sizes.stage == 0:
-        if sizes.run.compute_precision == "fp32":
-            return {"gradients": 4 * adapter, "workspace": 4 * adapter}  # all are copied into one tensor to be reduced
-        return {"gradients": 6 * adapter, "workspace": 4 * adapter if on_gpu else 8.0 * largest}
-    own = adapter / workers
-    bucket = sizes.low * min(adapter, LARGEST_BUCKET)
-    gradients = 8 * own + bucket if sizes.stage == 3 else 4 * own
-    return {"gradients": gradients, "workspace": (4 if on_gpu else 8) * own}
-
-
-def _kept_by_layer(sizes: _Sizes) -> float:
-    """Bytes per token that a layer keeps for its backward pass."""
-    shape, low = sizes.shape, sizes.low
-    hidden, inner = shape.hidden_size, shape.intermediate_size
+def _answering(spec: RunSpec | BaseSpec, evaluation: EvaluationSpec, shape: Architecture) -> dict[str, float]:
+    low, hidden, inner = BYTES[spec.compute_precision], shape.hidden_size, shape.intermediate_size
+    rows, weighs = evaluation.batch_size, evaluation.scoring == "loglikelihood"
+    new = CHOICE_TOKENS if weighs else evaluation.max_new_tokens
+    prompt = min(2 * evaluation.prompt_characters * spec.model.tokens_per_character, max(shape.max_positions - new, 1))
     kv = hidden // shape.heads * shape.kv_heads
-    adapted = {layer.name for layer in sizes.adapted}
-    if sizes.family == "gpt_neox":
-        # the layer's input; query, key and value in one tensor that the value keeps, query and key with their positions;
-        # attention's output; the input of the activation function
-        kept = low * (hidden * 7 + inner)
-        inputs = {hidden: [{"query_key_value"}, {"dense"}, {"dense_h_to_4h"}], inner: [{"dense_4h_to_h"}]}
-    else:
-        # both norms' inputs in fp32; query, key, value, attention's output; gate, its activation, and up
-        kept = 8.0 * hidden + low * (2 * hidden + 2 * kv + 3 * inner)
-        inputs = {hidden: [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}], inner: [{"down_proj"}]}
-    if sizes.run.settings.dropout > 0:  # each adapted layer keeps what was left of its input, and the mask
-        kept += sum(layer.in_features * (low + 1) for layer in sizes.adapted)
-    # a layer's input is kept once for all that read it: by adapters without dropout, and by ZeRO-3's own linear layers
-    of_all = sizes.stage == 3 and sizes.run.precision != "nf4"
-    readers = set() if sizes.run.settings.dropout > 0 else adapted
-    kept += sum(low * width for width, groups in inputs.items() for names in groups if of_all or names & readers)
-    return kept + low * sizes.run.settings.rank * len(sizes.adapted) + 4 * shape.heads
+    return {
+        "keys and values": rows * (prompt + new) * 2 * kv * low * shape.layers,
+        "activations": rows * prompt * (low * (2 * inner + 4 * hidden) + 4 * hidden),
+        "logits": rows * (new if weighs else 1) * shape.vocabulary * (low + (0 if weighs else 4)),
+    }
 
 
-def _passing(sizes: _Sizes) -> float:
-    """Bytes per token that one layer's backward takes beside what was kept."""
-    return (2 if sizes.family == "gpt_neox" else 3) * sizes.low * sizes.shape.intermediate_size
+# ---------------------------------------------------------------- what would fit
 
 
-def _host_bytes(sizes: _Sizes) -> float:
-    """Main memory of a worker: the state in fp32 and the file made of it; with ZeRO-3 the whole base, before it is sharded."""
-    run = sizes.run
-    in_shards = sizes.stage == 3 and run.precision != "nf4"
-    base = weight_bytes(sizes.shape, sizes.family, run.precision, run.compute_precision) if in_shards else 0.0
-    return max(sizes.adapter * 24.0, base)
+def advice(run: RunSpec, workers: int, resources: ResourcesConfig, shape: Architecture) -> str:
+    """The nearest settings that would fit a worker, and need clearly less than the run does now; for a run that does not fit."""
+    on_gpu = resources.gpus_per_worker > 0
+    now = memory_of(run, workers, shape, on_gpu).total
+    limit = min(now * 0.9, resources.gpu_memory_gb * GIGABYTE) if on_gpu else now * 0.9
+    told = []
+    for family in (_smaller_batches(run, workers), _more_workers(run, workers), _quantised(run, workers)):
+        for change, candidate, of_workers in family:
+            needed = memory_of(candidate, of_workers, shape, on_gpu).total
+            if needed <= limit:
+                told.append(f"{change} ({needed / GIGABYTE:.3g} GB)")
+                break
+    if told:
+        return "; or ".join(told[:3])
+    return f"a larger GPU, shorter rows, a lower rank or a smaller model ({now / GIGABYTE:.3g} GB now); more GPUs or qlora would not do"
 
 
+_Change = tuple[str, RunSpec, int]
+
+
+def _smaller_batches(run: RunSpec, workers: int) -> list[_Change]:
+    """Gradient checkpointing, then ever smaller micro-batches with it: the adapter stays the same."""
+    share = -(-run.settings.batch_size // workers)
+    now = min(share, run.settings.micro_batch_size or share)
+    smaller = [size for size in (now // 2, now // 4, now // 8, 1) if 0 < size < now]
+    sizes = sorted({*smaller}, reverse=True)
+    checkpointing = run.settings.gradient_checkpointing
+    found = [(f"micro_batch_size {size} (now {now})", _with(run, micro_batch_size=size), workers) for size in sizes[:1]]
+    if not checkpointing:
+        found.append(("gradient_checkpointing", _with(run, gradient_checkpointing=True), workers))
+    beside = "" if checkpointing else " with gradient_checkpointing"
+    for size in sizes:
+        changed = _with(run, micro_batch_size=size, gradient_checkpointing=True)
+        found.append((f"micro_batch_size {size} (now {now}){beside}", changed, workers))
+    return found
+
+
+def _more_workers(run: RunSpec, workers: int) -> list[_Change]:
+    """Sharding over more GPUs, with the smallest micro-batches; what is quantised is not sharded further than ZeRO-2."""
+    found = []
+    least = _with(run, micro_batch_size=1, gradient_checkpointing=True)
+    for count in (2, 4, 8):
+        if count <= workers or count > run.settings.batch_size:
+            continue
+        stage: Literal[2, 3] = 2 if run.precision == "nf4" else 3
+        sharded = least.model_copy(update={"deepspeed": run.deepspeed.model_copy(update={"zero_stage": stage})})
+        found.append((f"ZeRO-{stage} over {count} GPUs, micro_batch_size 1, gradient_checkpointing", sharded, count))
+    return found
+
+
+def _quantised(run: RunSpec, workers: int) -> list[_Change]:
+    """NF4 weights, which make another adapter."""
+    if run.precision == "nf4":
+        return []
+    method = run.method.model_copy(update={"quantisation": "nf4", "double_quantisation": True})
+    update: dict[str, object] = {"precision": "nf4", "method": method, "deepspeed": run.deepspeed.model_copy(update={"zero_stage": 0})}
+    small = _with(run, micro_batch_size=1, gradient_checkpointing=True)
+    return [
+        ("qlora", run.model_copy(update=update), workers),
+        ("qlora, micro_batch_size 1, gradient_checkpointing", small.model_copy(update=update), workers),
+    ]
+
+
+def _with(run: RunSpec, **changes: object) -> RunSpec:
+    return run.model_copy(update={"settings": run.settings.model_copy(update=changes)})

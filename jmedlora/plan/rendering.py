@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jmedlora.config.faults import Fault
 from jmedlora.config.locate import is_loopback
-from jmedlora.config.parts import ApiSource, Architecture
+from jmedlora.config.parts import ApiSource
 from jmedlora.config.sweep import SweepConfig
 from jmedlora.plan.estimates import Totals, TrialEstimate, api_cost, estimate_totals, estimate_trial
+from jmedlora.plan.fitting import hints_of, shapes_of
+from jmedlora.plan.memory import GIGABYTE, evaluation_memory
 from jmedlora.plan.naming import names_of
-from jmedlora.plan.shapes import architecture_of
+from jmedlora.plan.shapes import lora_parameters
 from jmedlora.plan.specs import BaseSpec, Plan, RunSpec
-from jmedlora.plan.weights import locate_weights
 
 MAX_ROWS = 40
 """Runs that the table shows; `--json` shows all."""
@@ -27,14 +26,28 @@ MAX_ROWS = 40
 
 def estimates_of(plan: Plan, config: SweepConfig) -> tuple[list[TrialEstimate], Totals]:
     """Estimates of every trial and of the whole."""
-    shapes = {model.name: _shape(config, model.name) for model in config.models.values() if model.family not in ("api", "other")}
+    shapes = shapes_of(config)
     trials = [estimate_trial(trial, config.resources, shapes) for trial in plan.trials]
     return trials, estimate_totals(plan, trials, config.resources)
+
+
+def evaluation_memory_gb(plan: Plan, config: SweepConfig) -> dict[str, float]:
+    """Memory of an evaluator of each base with its largest adapter, in GB, by the base's run key; of models with known shapes."""
+    shapes, on_gpu = shapes_of(config), config.resources.gpus_per_worker > 0
+    found = {}
+    for base in plan.bases:
+        if (shape := shapes.get(base.model.name)) is None:
+            continue
+        runs = [run for run in plan.runs if run.base_key == base.run_key]
+        adapter = max((lora_parameters(run.model.family, shape, run.settings.rank, run.settings.targets) for run in runs), default=0)
+        found[base.run_key] = evaluation_memory(base, plan.asked_of(base), shape, on_gpu, adapter).total / GIGABYTE
+    return found
 
 
 def plan_as_json(plan: Plan, config: SweepConfig) -> dict[str, Any]:
     """`runs` (each with its keys, settings and model_parameters), `bases`, `evaluations`, `trials`, `totals`, `missing`, `notes`."""
     trials, totals = estimates_of(plan, config)
+    evaluating = evaluation_memory_gb(plan, config)
     return {
         "sweep": plan.sweep,
         "runs": [_run_as_json(run) for run in plan.runs],
@@ -44,6 +57,7 @@ def plan_as_json(plan: Plan, config: SweepConfig) -> dict[str, Any]:
                 "model": base.model.name,
                 "precision": base.precision,
                 "model_parameters": base.model_parameters,
+                "evaluation_memory_gb": evaluating.get(base.run_key),
                 "provisional": base.provisional,
             }
             for base in plan.bases
@@ -93,7 +107,8 @@ def _print_runs(plan: Plan, config: SweepConfig, console: Console, trials: list[
         table.add_column(column, justify="left" if column in ("run_key", "run") else "right", no_wrap=column != "run")
     for run in plan.runs[:MAX_ROWS]:
         estimate = estimate_by_run[run.run_key]
-        memory = Text(f"{estimate.memory_gb:.1f} GB", style="" if estimate.fits else "red")
+        largest = max(estimate.memory_items, key=lambda name: estimate.memory_items[name])
+        memory = Text(f"{estimate.memory_gb:.1f} GB ({largest} {estimate.memory_items[largest]:.1f})", style="" if estimate.fits else "red")
         key = run.run_key + ("?" if run.provisional else "")
         table.add_row(
             key,
@@ -115,6 +130,8 @@ def _print_totals(plan: Plan, totals: Totals, trials: list[TrialEstimate], confi
     console.print(f"\n{counts}: {bases}", highlight=False, markup=False)
     answers = f"{_counted(totals.evaluations, 'evaluation')} ({_counted(totals.questions, 'answer')})"
     console.print(f"{answers}; checkpoints take {_size(totals.disk_bytes)} on disk", highlight=False)
+    if evaluating := evaluation_memory_gb(plan, config):
+        console.print(f"an evaluator takes up to {max(evaluating.values()):.1f} GB", highlight=False)
     at_once = totals.concurrent_trials
     machines = f"{_counted(at_once, 'trial')} at once" if at_once else "trials at once: as many as the cores allow"
     console.print(
@@ -135,12 +152,25 @@ def _print_totals(plan: Plan, totals: Totals, trials: list[TrialEstimate], confi
         console.print(f"assumed, not reported by the study: {', '.join(assumed)}", highlight=False)
     if not all(estimate.fits for estimate in trials):
         console.print(f"[red]red[/]: more than the {config.resources.gpu_memory_gb:g} GB of a GPU (resources.gpu_memory_gb)")
+        _print_hints(plan, trials, config, console)
     for line in plan.missing:
         console.print(Text.assemble(("not here yet", "yellow"), f": {line}"), soft_wrap=True)
     for line in plan.notes:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if any(spec.provisional for spec in plan.runs):
         console.print("run keys with a question mark may change once everything is here")
+
+
+def _print_hints(plan: Plan, trials: list[TrialEstimate], config: SweepConfig, console: Console) -> None:
+    """What would fit, in a line for all runs that are told the same."""
+    hints, names = hints_of(plan, config), names_of(plan)
+    told: dict[str, list[str]] = {}
+    for trial, estimate in zip(plan.trials, trials, strict=True):
+        for run in trial.runs if not estimate.fits else ():
+            told.setdefault(hints[run.run_key], []).append(names[run.run_key])
+    for hint, runs in told.items():
+        others = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
+        console.print(f"what would fit, for {runs[0]}{others}: {hint}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _parameters(base: BaseSpec) -> str:
@@ -163,14 +193,6 @@ def _run_as_json(run: RunSpec) -> dict[str, Any]:
         "checkpoint_steps": run.checkpoint_steps,
         "model_parameters": run.model_parameters,
     }
-
-
-def _shape(config: SweepConfig, name: str) -> Architecture:
-    model = config.models[name]
-    faults: list[Fault] = []
-    shape = architecture_of(model, locate_weights(model, Path(config.sources), config.offline).folder, faults)
-    assert shape is not None, faults
-    return shape
 
 
 def _counted(count: int, noun: str) -> str:

@@ -79,7 +79,7 @@ def lora_parameters(family: Family, shape: Architecture, rank: int, targets: str
 def architecture_of(model: ModelConfig, folder: Path | None, faults: list[Fault]) -> Architecture | None:
     """The architecture given in the configuration, else read from the folder's config.json; None with a fault when neither is sound."""
     if model.architecture is not None:
-        return _divisible(model.architecture, f"model {model.name}", "architecture.heads", "architecture.kv_heads", faults)
+        return _divisible(model.architecture, model.family, f"model {model.name}", "architecture.heads", "architecture.kv_heads", faults)
     if folder is not None and (folder / "config.json").is_file():
         return _from_config_json(folder / "config.json", model.family, faults)
     faults.append(Fault(f"model {model.name}", "architecture", "missing", "the shape facts, or a local folder with a config.json"))
@@ -113,7 +113,7 @@ def _from_config_json(path: Path, family: Family, faults: list[Fault]) -> Archit
             problem = "missing" if detail["type"] == "missing" else f"{detail['input']!r:.60} is not allowed"
             faults.append(Fault(str(path), _CONFIG_KEYS[name], problem, "a transformers config.json"))
         return None
-    return _divisible(shape, str(path), _CONFIG_KEYS["heads"], _CONFIG_KEYS["kv_heads"], faults)
+    return _divisible(shape, family, str(path), _CONFIG_KEYS["heads"], _CONFIG_KEYS["kv_heads"], faults)
 
 
 _CONFIG_KEYS = {
@@ -128,11 +128,14 @@ _CONFIG_KEYS = {
 }
 
 
-def _divisible(shape: Architecture, where: str, heads: str, kv_heads: str, faults: list[Fault]) -> Architecture | None:
+def _divisible(shape: Architecture, family: Family, where: str, heads: str, kv_heads: str, faults: list[Fault]) -> Architecture | None:
     found = []
     if shape.hidden_size % shape.heads:
         found.append(Fault(where, heads, f"{shape.heads} heads do not divide hidden_size {shape.hidden_size}", "a divisor of it"))
     if shape.heads % shape.kv_heads:
         found.append(Fault(where, kv_heads, f"{shape.kv_heads} do not divide {shape.heads} heads", "a divisor of them"))
+    if not found and family == "llama" and shape.hidden_size // shape.heads % 2:
+        told = f"{shape.heads} heads are {shape.hidden_size // shape.heads} wide, and positions turn pairs of values"
+        found.append(Fault(where, heads, told, "heads of an even width"))
     faults.extend(found)
     return None if found else shape

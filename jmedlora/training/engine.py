@@ -63,6 +63,7 @@ class RunEngine:
                 parameter.data = parameter.data.to(torch.bfloat16)
         module = AnswerLoss(adapted)
         module.train()
+        self._linear = torch.nn.functional.linear
         config = _engine_config(stage, compute_precision, sum(weight.numel() for weight in _trainable(adapted).values()))
         if stage == 3:
             # Piece by piece: DeepSpeed's own way would first put the whole model on every GPU.
@@ -126,6 +127,7 @@ class RunEngine:
         if self._checkpointing:
             self._adapted.get_base_model().activation_checkpointing_disable()
         self.engine.destroy()
+        torch.nn.functional.linear = self._linear  # ZeRO-3 puts its own in place, for the rest of the process
 
 
 def sums_over_workers(values: list[Tensor]) -> list[float]:

@@ -6,32 +6,33 @@ the peak, weights and optimizer included.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
-import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.autograd.profiler import profile
 
+from jmedlora.plan.memory import memory_of
 from jmedlora.training.process import ensure_process_group, this_worker
-from tests.bench.rig import Case, rig_of
+from tests.bench.cases import CPU_CASES, QUICK_CASES, Case
+from tests.bench.rig import rig_of
 
 
 def measured_peak(case: Case, steps: int = 2) -> dict[str, float]:
     """Bytes: `resident` before the first step's forward of the second step, `peak` of the steps."""
     worker = this_worker()
     gc.collect()
-    with profile(profile_memory=True, use_cpu=True) as told:
-        with rig_of(case, worker) as rig:
-            rig.step()
-            gc.collect()
-            with torch.autograd.profiler.record_function("measured"):
-                for _ in range(steps - 1):
-                    rig.step()
-            del rig
+    with profile(profile_memory=True, use_cpu=True) as told, rig_of(case, worker) as rig:
+        rig.step()
+        gc.collect()
+        with torch.autograd.profiler.record_function("measured"):
+            for _ in range(steps - 1):
+                rig.step()
+        del rig
     events = list(_walk(told.kineto_results.experimental_event_tree()))
     begin = next(event for event in events if event.name == "measured")
     calls = sorted((event for event in events if event.name == "[memory]"), key=lambda event: event.start_time_ns)
@@ -47,8 +48,22 @@ def _walk(events: Iterable[Any]) -> Iterator[Any]:
         yield from _walk(event.children)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    asked = parser.parse_args()
     torch.set_num_threads(1)
     ensure_process_group()
-    case = eval(sys.argv[1])
-    print(json.dumps({**asdict(case), **measured_peak(case)}, default=str))
+    rows = []
+    for case in QUICK_CASES if asked.quick else CPU_CASES:
+        found = measured_peak(case)
+        estimate = memory_of(case.spec(), 1, case.shape, on_gpu=False).total
+        rows.append({"case": str(case), **found, "estimate": estimate})
+        print(f"{case!s:90} peak {found['peak'] / 1e6:7.2f} MB, estimated {estimate / found['peak'] - 1:+.1%}", flush=True)
+    if asked.out:
+        asked.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -24,8 +24,8 @@ from jmedlora.models.random_models import random_base
 from jmedlora.plan.memory import GIGABYTE, memory_of
 from jmedlora.training.process import Worker, ensure_process_group, this_worker
 from tests.bench import gpu_checks, gpu_timing
-from tests.bench.gpu_shapes import memory_cases, timing_cases
-from tests.bench.rig import Case, rig_of
+from tests.bench.cases import Case, memory_cases, timing_cases
+from tests.bench.rig import rig_of
 
 SECTIONS = ("correctness", "memory", "timing")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "numpy")
@@ -84,11 +84,11 @@ def correctness(rows: Rows, worker: Worker) -> None:
             rows.add("scores", lambda f=family: gpu_checks.compare_scores(f, expected["scores"][f], str(worker.device)), family=family)
 
 
-def memory(rows: Rows, worker: Worker, tiny: bool) -> None:
+def memory(rows: Rows, worker: Worker, tiny: bool, match: str) -> None:
     """Peaks of two steps against the estimates; a base model is made once for the cases that follow each other."""
     base: Any = None
     held: tuple[object, ...] = ()
-    for case in memory_cases(tiny):
+    for case in (each for each in memory_cases(tiny) if match in str(each)):
         kind = (case.shape, case.precision, case.compute)
         if kind != held or case.stage == 3:
             base, held = None, ()
@@ -125,7 +125,7 @@ def peak_of(case: Case, base: Any, worker: Worker) -> dict[str, Any]:
             outside = total - free - torch.cuda.memory_reserved()
     except torch.OutOfMemoryError:
         return {"error": "out of memory", **expected}
-    overhead = estimate.items.get("CUDA context", 0.0)
+    overhead = estimate.items["CUDA and allocator"]
     return {
         "loss": loss,
         "resident_gb": resident / GIGABYTE,
@@ -139,12 +139,12 @@ def peak_of(case: Case, base: Any, worker: Worker) -> dict[str, Any]:
     }
 
 
-def timing(rows: Rows, worker: Worker, tiny: bool) -> None:
+def timing(rows: Rows, worker: Worker, tiny: bool, match: str) -> None:
     """Steps and answers per second, ours and others' in turns."""
-    for case in timing_cases(tiny):
+    for case in (each for each in timing_cases(tiny) if match in str(each)):
         steps = 2 if tiny or case.shape.layers >= 80 else 5
         rows.add("steps", lambda c=case, n=steps: gpu_timing.compare_steps(c, worker, n), case=str(case))
-    for name in ("calm-7b", "llama-7b"):
+    for name in ("calm-7b", "llama-7b") if not match else ():
         rows.add("generation", lambda n=name: gpu_timing.compare_generation(n, tiny, worker), case=name)
 
 
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path())
     parser.add_argument("--only", default=",".join(SECTIONS))
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--match", default="", help="only cases of memory and steps whose description holds this")
     asked = parser.parse_args()
     ensure_process_group()
     worker = this_worker()
@@ -166,9 +167,9 @@ def main() -> None:
     if "correctness" in wanted:
         correctness(rows, worker)
     if "memory" in wanted:
-        memory(rows, worker, asked.tiny)
+        memory(rows, worker, asked.tiny, asked.match)
     if "timing" in wanted:
-        timing(rows, worker, asked.tiny)
+        timing(rows, worker, asked.tiny, asked.match)
     torch.distributed.destroy_process_group()
 
 

@@ -90,7 +90,7 @@ def score_all(family: str, device: str) -> dict[str, Any]:
     tokenizer, model = load_tokenizer(folder), load_base(folder, "fp32", "fp32", True, device)
     prompts = encode_prompts(tokenizer, PROMPTS, 200)
     batched = decode_greedily(model, tokenizer, prompts, 24, 8, device).texts
-    singly = [text for one in PROMPTS for text in decode_greedily(model, tokenizer, encode_prompts(tokenizer, [one], 200), 24, 1, device).texts]
+    singly = [decode_greedily(model, tokenizer, encode_prompts(tokenizer, [one], 200), 24, 1, device).texts[0] for one in PROMPTS]
     choices = [[tokenizer(choice, add_special_tokens=False).input_ids for choice in CHOICES] for _ in PROMPTS]
     weighed = weigh_choices(model, prompts, choices, 9, device)
     return {"batched": batched, "singly": singly, "likelihoods": [list(each.sums) for each in weighed]}

@@ -16,8 +16,8 @@ from jmedlora.models.random_models import byte_tokenizer, random_base
 from jmedlora.plan.estimates import training_flop_per_token
 from jmedlora.plan.shapes import target_layers
 from jmedlora.training.process import Worker
-from tests.bench.gpu_shapes import base_cases
-from tests.bench.rig import Case, Rig, rig_of
+from tests.bench.cases import Case, base_cases
+from tests.bench.rig import Rig, rig_of
 
 ROUNDS = 2
 WARM_UP = 1

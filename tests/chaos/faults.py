@@ -119,7 +119,11 @@ def _damage_result(world: World, cluster: Cluster, sweeps: list[Sweep]) -> str |
         if job.step and not is_done(job, storage) and storage.run(job.run_key).is_committed(job.step)
     }
     untouched = sorted(place for place in waiting & jobs if not _is_partly_evaluated(storage.run(place[0]), place[1]))
-    places = [place for place in untouched if not is_held(storage.run(place[0]))]
+    places = [
+        place
+        for place in untouched
+        if not is_held(storage.run(place[0])) and storage.run(place[0]).checkpoint(place[1]) not in cluster.work.opened
+    ]
     if not places:
         return None
     run_key, step = world.rng.choice(places)
@@ -141,7 +145,8 @@ def _workers(world: World) -> list[Process]:
 def _damageable(folder: RunFolder | None) -> list[Path]:
     if folder is None:
         return []
-    found = [path / name for path in list(folder.states().values())[-1:] for name in (STATE_TENSORS, STATE_JSON)]
+    newest = [path for _, path in sorted(folder.states().items())[-1:]]
+    found = [path / name for path in newest for name in (STATE_TENSORS, STATE_TENSORS, STATE_TENSORS, STATE_JSON)]
     found += [folder.checkpoint(step) / name for step in folder.committed_steps()[-1:] for name in (ADAPTER_WEIGHTS, CHECKSUMS)]
     return [path for path in found if path.is_file()]
 

@@ -20,7 +20,8 @@ from jmedlora.config import clock
 from jmedlora.evaluation import evaluator, journal, making
 from jmedlora.orchestrator import driver, evaluation_pool, stopping, trials
 from jmedlora.orchestrator.errors import last_line
-from jmedlora.orchestrator.ledger import run_status
+from jmedlora.orchestrator.evaluation_queue import EvaluationQueue
+from jmedlora.orchestrator.ledger import Job, run_status
 from jmedlora.orchestrator.tracker_actor import TrackerActor
 from jmedlora.orchestrator.trials import SweepContext, run_trial
 from jmedlora.plan.layout import RunFolder
@@ -32,9 +33,8 @@ from jmedlora.training import lease, loop, patience, run
 from jmedlora.training.loop import train_trial
 from tests.chaos.mlflow_server import Line
 from tests.chaos.work import Work
-from tests.chaos.world import Process, World
+from tests.chaos.world import FOREVER_S, Process, World
 
-FOREVER_S = 1e12
 RETRIES = 3
 """Times that a result is asked for whose actor died; the driver asks for that of the tracker alone."""
 
@@ -202,6 +202,7 @@ class Cluster:
             (mlflow_tracker, {"MlflowClient": lambda tracking_uri: Line(world, self._mlflow), "make_database": lambda uri: None}),
             (report_writer, dict.fromkeys(("page_html", "claims_json", "measuring_json"), lambda *_: "")),  # which no table needs
             (report_writer, dict.fromkeys(("judge_claims", "measure"), lambda *_: SimpleNamespace(answers=None))),
+            (EvaluationQueue, {"_is_whole": self._is_whole(EvaluationQueue._is_whole)}),
             (making, {"make_evaluator": work.make_evaluator}),
             (stopping, {"time": world}),
             (evaluator, {"time": world}),
@@ -236,6 +237,15 @@ class Cluster:
     def _actor(self, kind: str, make: Callable[[], Any], restarts: int = 0) -> Actor:
         self._actors.append(Actor(self.world, kind, make, restarts))
         return self._actors[-1]
+
+    def _is_whole(self, real: Callable[..., bool]) -> Callable[..., bool]:
+        """Notes that a checkpoint was read before a result is copied to it."""
+
+        def is_whole(queue: EvaluationQueue, job: Job) -> bool:
+            self.work.opened.add(queue._storage.run(job.run_key).checkpoint(job.step))
+            return real(queue, job)
+
+        return is_whole
 
     def listener(self, context: SweepContext) -> _Listener:
         """For a worker."""

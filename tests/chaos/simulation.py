@@ -31,10 +31,10 @@ from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.mlflow_server import MemoryServer
 from tests.chaos.rig import Cluster
 from tests.chaos.work import Work
-from tests.chaos.world import Process, World
+from tests.chaos.world import Process, Stuck, World
 
 SWEEPS = {
-    "first": "grid: {model: [tiny-llama], method: [lora], rank: [4, 8], epochs: [1, 2]}",
+    "first": "grid: {model: [tiny-llama], method: [lora], rank: [8, 4], epochs: [2, 1]}",
     "second": "grid: {model: [tiny-llama], method: [lora], rank: [8], epochs: [2, 3]}",
 }
 _COMMON = """
@@ -49,6 +49,7 @@ resources: {max_failures: 2, evaluation: {actors: 2}}
 MOST_FAULTS = 4
 STEP_S = (1.0, 120.0)
 """Seconds of an optimizer step: a state at every checkpoint alone, or every third step too."""
+MOST_STARTS = 30
 AWAY_STEPS = 3
 """How long a user takes to start a sweep again, in optimizer steps."""
 UNDISTURBED_S = 15.0
@@ -129,10 +130,13 @@ def _attend(sweep: Sweep, world: World, away_s: float) -> None:
             end = " ".join([str(process.value.exit_code), *process.value.problems])
         sweep.ends.append(end)
         world.tell(f"driver of {sweep.plan.sweep} ended: {end}")
+        process.end_children()
         sweep.process = None
         sweep.starts_at = world.seconds + away_s
     if sweep.process is None and not sweep.is_done and sweep.starts_at <= world.seconds:
         sweep.starts += 1
+        if sweep.starts > MOST_STARTS:
+            raise Stuck(f"{sweep.plan.sweep} is started again and again", world.log)
         sweep.process = world.start(f"driver of {sweep.plan.sweep}", _driver(sweep))
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.chaos.verdict import Reference, problems_of
 
 SEEDS = 200
-TRACKED_BY_MLFLOW = range(1000, 1003)
+TRACKED_BY_MLFLOW = range(1000, 1002)
 """Seeds with a real MLflow on sqlite in place of the simulated one."""
 
 

@@ -50,6 +50,8 @@ class Work:
         """Optimizer steps taken, by run."""
         self.answered: Counter[tuple[str, str]] = Counter()
         """Questions answered, by adapter and evaluation."""
+        self.opened: set[Path] = set()
+        """Checkpoints that an evaluation has read: nobody looks again at whether they are whole."""
 
     # -- training
 
@@ -86,7 +88,7 @@ class Work:
 
     def make_evaluator(self, base: BaseSpec, sources: Path, offline: bool) -> Evaluator:
         self.world.sleep(BATCH_S)
-        return _Answerer(base, sources, self._answer)
+        return _Answerer(base, sources, self._answer, self.opened)
 
     def _answer(self, numbers: torch.Tensor, digest: str | None, evaluation: EvaluationSpec, question: Any) -> str:
         self.answered[(digest or "", evaluation.evaluation_key)] += 1
@@ -124,19 +126,21 @@ class Numbers:
 class _Answerer(Evaluator):
     """The evaluator without a model."""
 
-    def __init__(self, base: BaseSpec, sources: Path, answer: Callable[..., str]):
+    def __init__(self, base: BaseSpec, sources: Path, answer: Callable[..., str], opened: set[Path]):
         self.device = torch.device("cpu")
         self._base_facts = {"model": base.model.name}
         self._sources = sources
         self._adapted = self._adapter_digest = None
         self._numbers = torch.zeros(NUMBERS)
         self._answer = answer
+        self._opened = opened
 
     def _task(self, evaluation: EvaluationSpec) -> _Task:
         return _task_of(evaluation.model_dump_json(), self._sources)
 
     def _load_adapter(self, folder: Path, prompt: list[int]) -> None:
         verify(folder)
+        self._opened.add(folder)
         self._numbers = next(iter(load_file(folder / ADAPTER_WEIGHTS).values()))
         self._adapter_digest = adapter_digest(folder)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 OPERATION_S = 0.002
 """What an operation on a file takes, in simulated seconds."""
+FOREVER_S = 1e12
 EPOCH = 1.7e9
 _CHANGING = ("replace", "rename", "unlink", "remove", "rmdir", "mkdir", "ftruncate", "truncate")
 _NEEDS_ROOM = ("open", "mkdir", "fsync")
@@ -57,10 +58,14 @@ class Process:
         self.thread.start()
 
     def kill(self) -> None:
-        """Takes effect before anything else is done; what it has started goes with it."""
+        """Takes effect before anything else is done; its children go with it."""
         if not self.is_over and not self.is_dead:
             self.is_dead = True
         self.wakes_at = 0.0
+        self.end_children()
+
+    def end_children(self) -> None:
+        """What it has started goes."""
         for other in self._world.processes:
             if other.parent is self and not other.is_over:
                 other.kill()
@@ -126,7 +131,8 @@ class World:
                 continue
             ready = [process for process in living if process.wakes_at <= self.seconds]
             if not ready:
-                self.seconds = min(process.wakes_at for process in living)
+                next_at = min(process.wakes_at for process in living)
+                self.seconds = next_at if next_at < FOREVER_S else self.seconds + 1.0
                 continue
             self._give_turn(self.rng.choice(ready))
         raise Stuck("it does not end", self.log)

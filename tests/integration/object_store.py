@@ -198,7 +198,8 @@ def _error(status: str, code: str, start_response: Any) -> bytes:
 
 def _hold() -> None:
     from jmedlora.orchestrator.ledger import HeldByAnother
-    from jmedlora.orchestrator.object_lock import StoreUnusable, object_lock
+    from jmedlora.orchestrator.lock_objects import StoreUnusable
+    from jmedlora.orchestrator.object_lock import object_lock
 
     def say(line: str) -> None:
         print(line, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ from jmedlora.config import clock
 from jmedlora.config.compose import load_sweep
 from jmedlora.config.faults import BadInput
 from jmedlora.orchestrator.ledger import HeldByAnother
+from jmedlora.orchestrator.lock_objects import StoreUnusable
 from jmedlora.orchestrator.locks import sweep_lock
-from jmedlora.orchestrator.object_lock import StoreUnusable, object_lock
+from jmedlora.orchestrator.object_lock import object_lock
 from tests.integration.mlflow_servers import free_port
 from tests.integration.object_store import BUCKET, CREDENTIALS, Driver, Fault, Store, stop_all
 
@@ -89,8 +91,7 @@ def stored(ledger: str) -> dict[str, dict[str, object]]:
 
 def test_of_two_that_race_one_wins(drivers: list[Driver], ledger: str) -> None:
     first, second = drivers
-    winners = set()
-    for race in range(1, 21):
+    for race in range(1, 16):
         for driver in drivers:
             driver.ask(ledger=ledger, expires_s=LONG_S)
         told = {driver: driver.told() for driver in drivers}
@@ -100,9 +101,8 @@ def test_of_two_that_race_one_wins(drivers: list[Driver], ledger: str) -> None:
         # the loser may have come so late that a clock object is there
         assert [name for name in stored(ledger) if "clock" not in name][-1] == f"driver-{race:06d}.json"
         assert winner.release() == "released"
-        winners.add(winner)
-    assert list(stored(ledger)) == ["driver-000020.json"]
-    assert stored(ledger)["driver-000020.json"]["released"] is True
+    assert list(stored(ledger)) == ["driver-000015.json"]
+    assert stored(ledger)["driver-000015.json"]["released"] is True
 
 
 def test_a_killed_holder_is_succeeded_when_its_hold_has_ended_and_not_before(drivers: list[Driver], ledger: str) -> None:
@@ -117,6 +117,7 @@ def test_a_killed_holder_is_succeeded_when_its_hold_has_ended_and_not_before(dri
     assert list(stored(ledger)) == ["driver-000002.json"]
 
 
+@pytest.mark.slow
 def test_a_holder_that_renews_is_not_succeeded(drivers: list[Driver], ledger: str) -> None:
     holder, other = drivers
     assert holder.acquire(ledger, 2 * SHORT_S) == "held"
@@ -141,6 +142,7 @@ def test_a_paused_holder_notices_that_it_was_succeeded_and_leaves_its_successor_
     assert paused.acquire(ledger, SHORT_S) == "held"
 
 
+@pytest.mark.slow
 def test_a_holder_that_was_paused_for_long_stops_even_where_nobody_came(drivers: list[Driver], ledger: str) -> None:
     paused, _ = drivers
     assert paused.acquire(ledger, SHORT_S) == "held"
@@ -195,7 +197,7 @@ def test_the_machines_clock_makes_no_difference(drivers: list[Driver], ledger: s
 
 @pytest.mark.parametrize("fault", ["busy", "conflict", "lost answer", "terse"])
 def test_a_busy_store_is_asked_again(ledger: str, store: Store, fault: Fault) -> None:
-    store.misbehaves(fault, times=2, path=r"driver-\d")
+    store.misbehaves(fault, times=1000 if fault == "terse" else 2, path=r"driver-\d")
     store.misbehaves("busy", method="GET")
     with object_lock(ledger, refuse, expires_s=LONG_S):
         assert store.behaves() == 0 or fault == "terse"
@@ -229,9 +231,11 @@ def test_a_holder_that_cannot_renew_stops(drivers: list[Driver], ledger: str, st
 def test_a_holder_whose_lock_was_removed_by_hand_stops(drivers: list[Driver], ledger: str) -> None:
     holder, other = drivers
     assert holder.acquire(ledger, SHORT_S) == "held"
-    while holder.says_nothing():  # it may be about to write when the object goes
-        the_files().rm_file(f"{ledger}/driver-000001.json")
+    for _ in range(300):
+        the_files().rm_file(f"{ledger}/driver-000001.json")  # more than once: it may be about to write
         time.sleep(0.1)
+        if not holder.says_nothing():
+            break
     assert holder.told() == "lost: its lock was removed from the storage"
     assert other.acquire(ledger, SHORT_S) == "held"
 
@@ -266,6 +270,12 @@ def test_a_store_that_cannot_be_reached_is_told_in_one_line(ledger: str, monkeyp
 def test_only_stores_that_are_known_to_refuse_are_used() -> None:
     with ExitStack() as stack, pytest.raises(StoreUnusable, match=r"no lock is known for memory://, only for s3:// and gs://"):
         stack.enter_context(object_lock("memory://sweeps", refuse))
+
+
+def test_a_client_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with ExitStack() as stack, pytest.raises(StoreUnusable, match=r"gs:// needs `pip install 'jmedlora\[gcs\]'`"):
+        stack.enter_context(object_lock("gs://somewhere", refuse))
 
 
 def test_the_storage_decides_on_the_lock(tmp_path: Path, ledger: str) -> None:
