@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,6 +46,7 @@ def plan(sweep: SweepArgument, overrides: Overrides = None, as_json: AsJson = Fa
 
 def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = None) -> None:
     """Run a sweep, or go on with it: train, evaluate, track, report."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, from the beginning
     from jmedlora.plan.planner import open_sweep
 
     config, planned = open_sweep(sweep, overrides)

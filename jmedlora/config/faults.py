@@ -42,3 +42,9 @@ class BadInput(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message that says something."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True where a GPU, or the machine, had no memory left; told by the error's type and text, since it may come from elsewhere."""
+    told = f"{type(error).__name__}: {error}"
+    return any(sign in told for sign in ("OutOfMemoryError", "MemoryError", "out of memory", "can't allocate memory"))

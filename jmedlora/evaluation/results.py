@@ -13,6 +13,7 @@ from jmedlora.config.clock import now
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.data.atomic import write_json, write_json_lines
 from jmedlora.data.benchmarks import Benchmark
+from jmedlora.data.patience import when_there_is_room
 from jmedlora.data.rows import LETTERS, Instruction, Question, QuestionFacts
 from jmedlora.evaluation.exam import mark_exam
 from jmedlora.evaluation.metrics import ResponseScore, gestalt_distance, score_responses, summarise
@@ -66,7 +67,10 @@ def write_results(
     answers: Answers,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Scores the answers, writes predictions.jsonl, then metrics.json, and returns the metrics; `facts` are put among them."""
+    """Scores the answers, writes predictions.jsonl, then metrics.json, and returns the metrics; `facts` are put among them.
+
+    Waits while the disk is full; raises OSError when it stays so.
+    """
     scores = score_answers(evaluation, questions, answers)
     metrics = {
         "run_key": run_key,
@@ -83,8 +87,9 @@ def write_results(
     folder = storage.run(run_key).evaluation(evaluation.folder, step)
     texts = answers.texts or [""] * len(questions)
     likelihoods: Sequence[Likelihoods | None] = answers.likelihoods or [None] * len(questions)
-    write_json_lines(folder / PREDICTIONS, map(prediction, questions, texts, likelihoods, scores))
-    write_json(folder / METRICS, metrics)
+    rows = list(map(prediction, questions, texts, likelihoods, scores))
+    when_there_is_room(lambda: write_json_lines(folder / PREDICTIONS, rows), str(folder / PREDICTIONS))
+    when_there_is_room(lambda: write_json(folder / METRICS, metrics), str(folder / METRICS))
     return metrics
 
 

@@ -243,6 +243,9 @@ class _Driver:
         runs = {trial.trial_id: trial.runs for trial in trials}
         problems = []
         for result in results:
+            if result.config is None:  # its process died before it began
+                problems.append(f"a trial: {last_line(result.error)}")
+                continue
             own = runs[result.config["trial_id"]]
             if result.error and not any(run_status(run, self.storage) == "failed" for run in own):  # which tell the same
                 problems.append(f"trial of {', '.join(self.names[run.run_key] for run in own)}: {last_line(result.error)}")

@@ -43,11 +43,6 @@ def is_refusal(error: BaseException) -> bool:
     return f"{Refused.__name__}: " in str(error)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """True where a GPU, or the machine, had no memory left."""
-    return "OutOfMemoryError" in f"{type(error).__name__}: {error}" or "out of memory" in str(error)
-
-
 def is_told_by(why: str, errors: list[str]) -> bool:
     """True where one of `errors` gives the same cause, be it with its type before it or with the last line alone."""
     return any(error and (error.endswith(why) or why.endswith(error)) for error in errors)

@@ -26,7 +26,7 @@ def joined_ray(config: SweepConfig, address: str | None, given: str | None) -> I
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # with verbose=0, this one is silent
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # their causes are told at the end, a line each
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.getsignal(signal.SIGTERM)
     common = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "jmedlora"}
     try:
         if address:
@@ -37,6 +37,7 @@ def joined_ray(config: SweepConfig, address: str | None, given: str | None) -> I
         else:
             needed = resources.workers_per_trial * resources.cpus_per_worker + resources.evaluation.actors * resources.evaluation.cpus
             ray.init(address="local", include_dashboard=False, num_cpus=max(os.cpu_count() or 1, needed), **common)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # after Ray, which puts a handler of its own there
         yield
     finally:
         ray.shutdown()
@@ -69,7 +70,3 @@ def check_cluster(config: SweepConfig, address: str | None) -> None:
         )
     if faults:
         raise BadInput(faults)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt

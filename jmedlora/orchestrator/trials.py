@@ -16,10 +16,11 @@ import ray
 from ray.actor import ActorHandle
 
 from jmedlora.config.clock import now
+from jmedlora.config.faults import is_out_of_memory
 from jmedlora.config.parts import ResourcesConfig
 from jmedlora.data.atomic import write_json
 from jmedlora.orchestrator.environment import worker_environment
-from jmedlora.orchestrator.errors import is_out_of_memory, is_refusal, last_line
+from jmedlora.orchestrator.errors import is_refusal, last_line
 from jmedlora.orchestrator.evaluation_pool import EvaluationPool
 from jmedlora.orchestrator.ledger import all_jobs, run_status
 from jmedlora.orchestrator.places import free_abandoned_places

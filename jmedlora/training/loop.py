@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from jmedlora.config.faults import first_line
+from jmedlora.config.faults import first_line, is_out_of_memory
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.source import materialise
 from jmedlora.plan.layout import RunFolder, Storage
@@ -139,8 +139,7 @@ def _lease(folder: RunFolder, around: _Surroundings) -> Iterator[str | None]:
 
 
 def _told(reason: Exception, hint: str | None) -> str:
-    if isinstance(reason, torch.OutOfMemoryError):
-        torch.cuda.empty_cache()
+    if is_out_of_memory(reason):
         return f"out of memory: {first_line(reason)}" + (f"; what would fit: {hint}" if hint else "")
     return f"{type(reason).__name__}: {reason}"
 

@@ -15,9 +15,9 @@ from typing import Any, Literal, Protocol
 
 from jmedlora.config import clock
 from jmedlora.data.atomic import write_json, write_json_lines
+from jmedlora.data.patience import when_there_is_room
 from jmedlora.plan.layout import RunFolder
 from jmedlora.plan.specs import RunSpec
-from jmedlora.training.patience import when_there_is_room
 
 _LIBRARIES = ("jmedlora", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "datasets")
 
@@ -129,7 +129,12 @@ def _read_facts(folder: RunFolder) -> dict[str, Any]:
 
 
 def _remove_after(step: int, folder: RunFolder) -> None:
-    """Removes the checkpoints, states and records of later steps: they come again."""
+    """Removes the checkpoints, states and records of later steps, which come again, and what a killed process left half written."""
+    for path in [*folder.path.glob(".*"), *(folder.path / "state").glob(".*")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     kept_steps = [at for at in folder.committed_steps() if at <= step]
     for path in folder.checkpoints.glob("*"):
         if path not in map(folder.checkpoint, kept_steps):

@@ -22,6 +22,7 @@ from jmedlora.config import clock
 from jmedlora.config.digest import key_of
 from jmedlora.config.locate import cache_dir
 from jmedlora.data.instructions import load_instructions
+from jmedlora.data.patience import when_there_is_room
 from jmedlora.data.prompts import prompt_digest
 from jmedlora.data.tokenisation import tokenise_rows
 from jmedlora.models.adapters import base_name, save_adapter
@@ -32,7 +33,6 @@ from jmedlora.plan.specs import RunSpec
 from jmedlora.training.batches import MiniBatches, divide
 from jmedlora.training.engine import NotFinite, RunEngine, sums_over_workers
 from jmedlora.training.loss import collate, labelled_tokens
-from jmedlora.training.patience import when_there_is_room
 from jmedlora.training.process import Worker
 from jmedlora.training.records import RunRecords, library_versions
 from jmedlora.training.schedule import factor

@@ -70,13 +70,10 @@ def specs_of(folder: Path) -> dict[str, RunSpec]:
 def train(folder: Path, spec: RunSpec, kill_at: int | None = None) -> None:
     """Trains one run on the device that there is; a run killed after a step may be gone on with."""
     ensure_process_group()
-    linear = torch.nn.functional.linear
     try:
         outcomes = train_trial(trial_of(spec), Storage(folder), folder, True, _Silent(kill_at))
     except KeyboardInterrupt:
         return
-    finally:
-        torch.nn.functional.linear = linear  # ZeRO-3 puts its own in place, for the rest of the process
     assert all(outcome.status == "finished" for outcome in outcomes), outcomes
 
 

@@ -59,7 +59,7 @@ class Rig:
 @contextmanager
 def rig_of(case: Case, worker: Worker, base: PreTrainedModel | None = None) -> Iterator[Rig]:
     """Builds base (unless given), adapter and engine; takes adapter and engine apart afterwards."""
-    settings, linear = case.spec().settings, torch.nn.functional.linear
+    settings = case.spec().settings
     in_shards = case.stage == 3 and case.precision != "nf4"
     place = torch.device("cpu") if in_shards else worker.device
     base = base or random_base(case.family, case.shape, case.precision, case.compute, True, place)
@@ -73,4 +73,3 @@ def rig_of(case: Case, worker: Worker, base: PreTrainedModel | None = None) -> I
             engine.close()
     finally:
         adapted.unload()
-        torch.nn.functional.linear = linear  # ZeRO-3 puts its own in place, for the rest of the process

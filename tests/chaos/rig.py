@@ -17,6 +17,7 @@ from unittest.mock import patch
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
 
 from jmedlora.config import clock
+from jmedlora.data import patience
 from jmedlora.evaluation import evaluator, journal, making
 from jmedlora.orchestrator import driver, evaluation_pool, stopping, trials
 from jmedlora.orchestrator.errors import last_line
@@ -29,7 +30,7 @@ from jmedlora.plan.records import Record
 from jmedlora.plan.specs import RunSpec, TrialSpec
 from jmedlora.report import writer as report_writer
 from jmedlora.tracking import mlflow_tracker, writer
-from jmedlora.training import lease, loop, patience, run
+from jmedlora.training import lease, loop, run
 from jmedlora.training.loop import train_trial
 from tests.chaos.mlflow_server import Line
 from tests.chaos.work import Work

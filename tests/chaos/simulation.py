@@ -132,7 +132,7 @@ def _attend(sweep: Sweep, world: World, away_s: float) -> None:
         world.tell(f"driver of {sweep.plan.sweep} ended: {end}")
         process.end_children()
         sweep.process = None
-        sweep.starts_at = world.seconds + away_s
+        sweep.starts_at = max(world.seconds + away_s, world.full_until)  # whoever starts it again has made room first
     if sweep.process is None and not sweep.is_done and sweep.starts_at <= world.seconds:
         sweep.starts += 1
         if sweep.starts > MOST_STARTS:

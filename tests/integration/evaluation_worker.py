@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from jmedlora.config.parts import ModelConfig
+from jmedlora.data import patience
 from jmedlora.evaluation import journal
 from jmedlora.evaluation.evaluator import Evaluator
 from jmedlora.plan.layout import Storage
@@ -33,6 +34,7 @@ def main() -> None:
         evaluate()
         return
     fill(ballast)
+    patience.WAIT_FOR_SPACE_S = 0.0
     try:
         evaluate()
     except OSError as error:

@@ -327,3 +327,10 @@ def test_records_say_what_happened(data_file: Path, tmp_path: Path) -> None:
 def test_runs_that_cannot_share_a_base_are_refused(data_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="differ in base model"):
         train(tmp_path, run_spec(data_file), run_spec(data_file, "gpt_neox"))
+
+
+def test_zero_3_leaves_torch_as_it_was(data_file: Path, tmp_path: Path) -> None:
+    """DeepSpeed puts a function of its own in the place of torch's, which would hold more memory in every later run."""
+    linear = torch.nn.functional.linear
+    train(tmp_path, run_spec(data_file, zero_stage=3, max_steps=1))
+    assert torch.nn.functional.linear is linear

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from ray.tune.search import Searcher
 
+from jmedlora.config.faults import is_out_of_memory
 from jmedlora.orchestrator import stopping
-from jmedlora.orchestrator.errors import Refused, is_out_of_memory, is_refusal
+from jmedlora.orchestrator.errors import Refused, is_refusal
 from jmedlora.orchestrator.order import InOrder
 from jmedlora.orchestrator.stopping import StopMarker, graceful
 from jmedlora.plan.layout import Storage
@@ -70,6 +71,7 @@ def test_trials_come_in_order_until_the_sweep_is_to_stop() -> None:
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", True),
         ("ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.", True),
         ("RuntimeError: CUDA error: out of memory", True),
+        ("RuntimeError: [enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate", True),
         ("The actor died unexpectedly before finishing this task", False),
     ],
 )

@@ -1,4 +1,4 @@
-"""Waiting for room on a full disk: somebody may make some, and a run that waits loses nothing."""
+"""Waiting for room on a full disk: somebody may make some, and who waits loses nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 log = logging.getLogger(__name__)
 
 
-def when_there_is_room(write: Callable[[], T], what: str, tell: Callable[[str], None]) -> T:
+def when_there_is_room(write: Callable[[], T], what: str, tell: Callable[[str], None] = log.warning) -> T:
     """The result of `write`, which is tried again while the disk is full; it must leave nothing behind when it fails.
 
     what: what is written, for the log; tell: takes one line about a wait that is over.

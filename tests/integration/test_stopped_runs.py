@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from jmedlora.data import patience
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.records import read_run
-from jmedlora.training import loop, patience, records, run
+from jmedlora.training import loop, records, run
 from jmedlora.training.lease import is_held, run_lease
 from jmedlora.training.loop import train_trial
 from tests.integration.processes import ROOT
