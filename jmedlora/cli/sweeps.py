@@ -76,6 +76,9 @@ def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = 
     except KeyboardInterrupt:  # before or after the work itself
         print("interrupted; the same command goes on from here")
         raise typer.Exit(INTERRUPTED) from None
+    except OSError as error:  # a disk that is full, or that fails
+        print(f"jmedlora: sweep {planned.sweep} stopped: {error}; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(FAILED) from None
     _print_outcome(console, sweep, config.storage_path, planned.sweep, outcome)
     raise typer.Exit(outcome.exit_code)
 

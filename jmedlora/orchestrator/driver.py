@@ -20,6 +20,7 @@ from jmedlora.config.clock import now
 from jmedlora.config.faults import first_line
 from jmedlora.config.sweep import SweepConfig
 from jmedlora.data.atomic import write_text
+from jmedlora.data.patience import when_there_is_room
 from jmedlora.evaluation.rescoring import rescore_stored, stale_evaluations
 from jmedlora.orchestrator.address import cluster_address
 from jmedlora.orchestrator.environment import ON_HEAD
@@ -117,8 +118,7 @@ class _Driver:
         self.jobs = all_jobs(plan)
         self.names = names_of(plan)
         self.tracker = TrackerActor.remote(plan, str(storage.root), tracking_uri(storage))  # type: ignore[attr-defined]
-        attempt = uuid.uuid4().hex[:8]
-        self.marker = StopMarker(storage.sweep(plan.sweep), attempt)
+        self.marker = StopMarker(storage.sweep(plan.sweep), uuid.uuid4().hex[:8])
         self.context = SweepContext(
             plan=plan,
             storage_root=str(storage.root),
@@ -127,7 +127,6 @@ class _Driver:
             resources=config.resources,
             tracker=self.tracker,
             names=self.names,
-            attempt=attempt,
             marker=self.marker,
             hints=hints_of(plan, config),
         )
@@ -143,18 +142,25 @@ class _Driver:
             KeepingToRule(self.plan, self.storage) as keeping,
         ):
             problems = self._train_and_evaluate(trials, lanes)
+            if not self.marker.is_set() and (again := self._made_again()):
+                problems = self._train_and_evaluate(again, lanes)
         if keeping.removed:
             self.console.print(told(keeping.removed), highlight=False)
         if self.marker.is_set() and not standing(self.plan, self.storage).is_complete:
             return self.stopped()
         self.marker.remove()
-        report = write_report(self.plan, self.storage)
+        report = when_there_is_room(lambda: write_report(self.plan, self.storage), "the report")
         status = "finished" if _outcome(self.plan, self.storage, problems).exit_code == DONE else "failed"
         problems += [f"MLflow: {problem}" for problem in self.close_tracking(status, report)]
         outcome = replace(_outcome(self.plan, self.storage, problems), report=report)
         if outcome.exit_code == DONE:
             write_text(self.storage.sweep(self.plan.sweep).closed, f"{now()}\n")
         return outcome
+
+    def _made_again(self) -> list[TrialSpec]:
+        """Trials of runs that wait once all is trained: a checkpoint of theirs turned out to be damaged when it was to be evaluated."""
+        waiting = set(standing(self.plan, self.storage).runs["waiting"])
+        return [trial for trial in self.plan.trials if any(run.run_key in waiting for run in trial.runs)]
 
     def stopped(self) -> Outcome:
         """The end of a sweep that was interrupted, with grace or at once."""
@@ -187,6 +193,7 @@ class _Driver:
             problems += self._drain(self.context.pool({base.run_key for base in self.plan.bases}, evaluation.cpus, gpus, evaluation.actors))
             problems += self._train(trials, lanes)
             return problems + self._drain(self.context.pool(everything, evaluation.cpus, gpus, evaluation.actors))
+        self.training_is_over.clear()
         pool = self.context.pool(everything, self._evaluation_cpus(), evaluation.gpus, evaluation.actors)
         errors: list[str] = []
         thread = threading.Thread(target=self._serve, args=(pool, errors), daemon=True)
@@ -229,7 +236,7 @@ class _Driver:
                 num_samples=len(trials),
             ),
             run_config=tune.RunConfig(
-                name=f"tune-{self.context.attempt}",
+                name=f"tune-{uuid.uuid4().hex[:8]}",
                 storage_path=str(self.storage.sweep(self.plan.sweep).ray),
                 failure_config=tune.FailureConfig(max_failures=TRIAL_DRIVER_DEATHS),
                 verbose=0,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jmedlora.config.faults import BadInput
 from jmedlora.evaluation.reuse import adopt_evaluation
+from jmedlora.models.checksums import AdapterDamaged, adapter_digest, verify
 from jmedlora.orchestrator.errors import told
 from jmedlora.orchestrator.evaluation_lease import EvaluatedElsewhere, evaluation_lease
 from jmedlora.orchestrator.ledger import Job, is_done, is_ready
@@ -205,8 +206,6 @@ class EvaluationQueue:
         return metrics is not None and metrics.get("adapter_digest") == content[1]
 
     def _is_whole(self, job: Job) -> bool:
-        from jmedlora.models.adapters import AdapterDamaged, verify
-
         place = (job.run_key, job.step)
         if place not in self._whole and not self._storage.run(job.run_key).is_removed(job.step):
             try:
@@ -221,8 +220,6 @@ class EvaluationQueue:
 
     def _digest(self, job: Job) -> str:
         """Identity of the adapter; of one that cannot be told, a name of its own: whoever opens it tells what is wrong."""
-        from jmedlora.models.adapters import AdapterDamaged, adapter_digest  # takes seconds, which a start without checkpoints need not
-
         if not job.step:
             return ""
         try:
@@ -245,8 +242,6 @@ def job_id(job: Job) -> JobId:
 
 def _set_aside(folder: RunFolder, step: int) -> bool:
     """Hides a checkpoint that is damaged; False where it is whole, or in the hands of a worker that trains its run, or of a keep rule."""
-    from jmedlora.models.adapters import AdapterDamaged, verify
-
     checkpoint = folder.checkpoint(step)
     try:
         verify(checkpoint)

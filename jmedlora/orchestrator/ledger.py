@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from jmedlora.config.clock import now
@@ -31,12 +31,16 @@ def driver_lock(folder: SweepFolder) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise HeldByAnother(f"held by {file.read().strip() or 'a driver that has just started'}") from None
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        _tell(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}")
         yield
-        file.truncate(0)
+        _tell(file.fileno(), "")
+
+
+def _tell(file: int, holder: str) -> None:
+    """For people who look; the lock holds without it, so that a full disk does no harm."""
+    with suppress(OSError):
+        os.ftruncate(file, 0)
+        os.write(file, holder.encode())
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,6 @@ class SweepContext:
     resources: ResourcesConfig
     tracker: ActorHandle
     names: dict[str, str]
-    attempt: str
-    """Unlike for every start of the driver: Ray's own files of an earlier start are never read."""
     marker: StopMarker
     hints: dict[str, str]
     """By run key: what would need less memory."""
@@ -95,7 +94,6 @@ class _Trial:
     def __init__(self, trial: TrialSpec, context: SweepContext):
         self._trial, self._context, self._storage = trial, context, context.storage
         self._failed: set[str] = set()
-        self._starts = 0
 
     def train(self) -> None:
         retries = self._fresh_retries()
@@ -179,7 +177,6 @@ class _Trial:
 
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(WAIT_FOR_PLACE_S)
         context = self._context
-        self._starts += 1
         per_worker: dict[str, float] = {"CPU": trial.cpus_per_worker}
         if trial.gpus_per_worker:
             per_worker["GPU"] = trial.gpus_per_worker
@@ -197,7 +194,7 @@ class _Trial:
             torch_config=WorkerConfig(backend="nccl" if trial.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(num_workers=trial.workers, use_gpu=bool(trial.gpus_per_worker), resources_per_worker=per_worker),
             run_config=RunConfig(
-                name=f"{trial.trial_id}-{context.attempt}-{self._starts}",
+                name=f"{trial.trial_id}-{uuid.uuid4().hex[:8]}",  # Ray Train would go on with files of its own under a name that it knows
                 storage_path=str(context.storage.sweep(context.plan.sweep).ray),
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
                 callbacks=[TuneReportCallback()],

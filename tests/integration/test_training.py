@@ -16,7 +16,7 @@ from jmedlora.config.locate import cache_dir
 from jmedlora.data.instructions import load_instructions
 from jmedlora.data.rows import Instruction
 from jmedlora.data.tokenisation import tokenise_rows
-from jmedlora.models.adapters import verify
+from jmedlora.models.checksums import verify
 from jmedlora.models.dropout import DropoutContext
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.lora import attach_lora

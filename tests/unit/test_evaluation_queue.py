@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jmedlora.data.atomic import write_json, write_json_lines
-from jmedlora.models.adapters import adapter_digest
+from jmedlora.models.checksums import adapter_digest
 from jmedlora.orchestrator.evaluation_lease import EvaluatedElsewhere, evaluation_lease
 from jmedlora.orchestrator.evaluation_queue import MAX_ATTEMPTS, EvaluationQueue, job_id
 from jmedlora.orchestrator.ledger import Job, all_jobs

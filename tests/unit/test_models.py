@@ -15,7 +15,8 @@ from jmedlora.config.faults import BadInput
 from jmedlora.config.locate import cache_dir
 from jmedlora.config.parts import Architecture, GgufSource, HubSource, ModelConfig, NamedSource, PathSource
 from jmedlora.config.run import RunSettings
-from jmedlora.models.adapters import AdapterDamaged, adapter_digest, base_name, save_adapter, verify
+from jmedlora.models.adapters import base_name, save_adapter
+from jmedlora.models.checksums import AdapterDamaged, adapter_digest, verify
 from jmedlora.models.dropout import DropoutContext, KeyedDropout
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.lora import attach_lora, target_modules

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from jmedlora.config.faults import BadInput
-from jmedlora.models.adapters import AdapterDamaged, adapter_digest, adopt_adapter, verify, verify_what_is_left
+from jmedlora.models.adapters import adopt_adapter
+from jmedlora.models.checksums import AdapterDamaged, adapter_digest, verify, verify_what_is_left
 from jmedlora.orchestrator.keeping import KeepingToRule, settle_rule, told
 from jmedlora.orchestrator.ledger import HeldByAnother, driver_lock, run_status, standing
 from jmedlora.plan import retention
