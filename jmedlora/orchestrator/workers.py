@@ -1,4 +1,4 @@
-"""What runs inside the training workers of a trial; imported where Ray Train and torch are at hand."""
+"""What runs inside the training workers of a trial; the processes that start them import it too, and have Ray Train and torch at hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from jmedlora.orchestrator.errors import refusals
 from jmedlora.orchestrator.stopping import StopMarker
 from jmedlora.plan.records import Record
 from jmedlora.plan.specs import TrialSpec
-from jmedlora.training.loop import train_trial
 
 SEND_EVERY_S = 1.0
 
@@ -60,6 +59,8 @@ def is_leaving() -> bool:
 
 def train_worker(config: dict[str, Any]) -> None:
     """One worker of the group; Ray Train has set up torch.distributed. Reports how each run ended: key, status, error."""
+    from jmedlora.training.loop import train_trial  # takes seconds, which the processes that only start workers need not
+
     trial: TrialSpec = config["trial"]
     marker: StopMarker = config["marker"]
     if not trial.gpus_per_worker:
