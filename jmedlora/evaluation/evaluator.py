@@ -27,9 +27,9 @@ from jmedlora.evaluation.generation import EncodedPrompts, decode_greedily, enco
 from jmedlora.evaluation.journal import Journal
 from jmedlora.evaluation.likelihood import weigh_choices
 from jmedlora.evaluation.results import Answers, asked_rows, write_results
-from jmedlora.models.checksums import adapter_digest, verify
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.source import materialise
+from jmedlora.plan.checksums import adapter_digest, verify
 from jmedlora.plan.identity import model_identity
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import EvaluationSpec

@@ -55,7 +55,7 @@ def evaluate_systems(
 def _adopted(adapter: Path, base: BaseSpec, storage: Storage) -> str:
     """The run key of a foreign adapter, by its content and its base; its files are copied into storage."""
     from jmedlora.models.adapters import adopt_adapter  # imports torch, which models behind an address do without
-    from jmedlora.models.checksums import adapter_digest
+    from jmedlora.plan.checksums import adapter_digest
 
     with tempfile.TemporaryDirectory() as folder, _adapters_told():
         aside = Path(folder) / "adapter"
@@ -70,7 +70,7 @@ def _adopted(adapter: Path, base: BaseSpec, storage: Storage) -> str:
 def _adapters_told() -> Iterator[None]:
     """What is wrong with an adapter is the user's to know."""
     from jmedlora.evaluation.evaluator import AdapterDoesNotFit, AdapterHasNoEffect
-    from jmedlora.models.checksums import AdapterDamaged
+    from jmedlora.plan.checksums import AdapterDamaged
 
     try:
         yield

@@ -15,7 +15,7 @@ from torch import Tensor
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.parts import ModelConfig
 from jmedlora.data.atomic import appearing
-from jmedlora.models.checksums import verify, why_gone, write_checksums
+from jmedlora.plan.checksums import verify, why_gone, write_checksums
 from jmedlora.plan.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKSUMS
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from jmedlora.config.faults import BadInput
 from jmedlora.evaluation.reuse import adopt_evaluation
-from jmedlora.models.checksums import AdapterDamaged, adapter_digest, verify
 from jmedlora.orchestrator.errors import told
 from jmedlora.orchestrator.evaluation_lease import EvaluatedElsewhere, evaluation_lease
 from jmedlora.orchestrator.ledger import Job, is_done, is_ready
+from jmedlora.plan.checksums import AdapterDamaged, adapter_digest, verify
 from jmedlora.plan.layout import RunFolder, Storage, step_name
 from jmedlora.plan.records import Record, read_metrics
 from jmedlora.training.lease import is_held

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jmedlora.config import clock
 from jmedlora.data.atomic import appearing
-from jmedlora.models.checksums import AdapterDamaged, verify_what_is_left
+from jmedlora.plan.checksums import AdapterDamaged, verify_what_is_left
 from jmedlora.plan.layout import STATE_JSON, STATE_TENSORS, RunFolder
 
 log = logging.getLogger(__name__)

@@ -27,8 +27,8 @@ from jmedlora.evaluation.evaluator import Evaluator, _Task
 from jmedlora.evaluation.generation import EncodedPrompts
 from jmedlora.evaluation.journal import Journal
 from jmedlora.evaluation.results import Answers, asked_rows
-from jmedlora.models.checksums import adapter_digest, verify
 from jmedlora.models.lora import ADAPTER
+from jmedlora.plan.checksums import adapter_digest, verify
 from jmedlora.plan.layout import ADAPTER_WEIGHTS
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec, RunSpec
 from jmedlora.training.process import Worker

@@ -24,9 +24,9 @@ from jmedlora.evaluation.evaluator import AdapterDoesNotFit, AdapterHasNoEffect,
 from jmedlora.evaluation.metrics import first_line_is_complete, score_response
 from jmedlora.evaluation.results import SCORES
 from jmedlora.models.adapters import save_adapter
-from jmedlora.models.checksums import AdapterDamaged, adapter_digest
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.source import materialise
+from jmedlora.plan.checksums import AdapterDamaged, adapter_digest
 from jmedlora.plan.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKSUMS, METRICS, PREDICTIONS, Storage
 from jmedlora.plan.specs import EvaluationSpec
 from tests.tiny import tiny_model

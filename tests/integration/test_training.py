@@ -16,11 +16,11 @@ from jmedlora.config.locate import cache_dir
 from jmedlora.data.instructions import load_instructions
 from jmedlora.data.rows import Instruction
 from jmedlora.data.tokenisation import tokenise_rows
-from jmedlora.models.checksums import verify
 from jmedlora.models.dropout import DropoutContext
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.lora import attach_lora
 from jmedlora.models.source import materialise
+from jmedlora.plan.checksums import verify
 from jmedlora.plan.layout import ADAPTER_WEIGHTS, Storage
 from jmedlora.plan.records import read_run, read_training
 from jmedlora.plan.specs import RunSpec

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jmedlora.models.checksums import verify
+from jmedlora.plan.checksums import verify
 from jmedlora.plan.layout import ADAPTER_WEIGHTS, CHECKSUMS, Storage
 from jmedlora.plan.records import read_training
 from jmedlora.plan.specs import RunSpec

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from jmedlora.data.atomic import write_json, write_json_lines
-from jmedlora.models.checksums import adapter_digest
 from jmedlora.orchestrator.evaluation_lease import EvaluatedElsewhere, evaluation_lease
 from jmedlora.orchestrator.evaluation_queue import MAX_ATTEMPTS, EvaluationQueue, job_id
 from jmedlora.orchestrator.ledger import Job, all_jobs
 from jmedlora.orchestrator.scheduling import Retries, progress_mark, remaining_trials
+from jmedlora.plan.checksums import adapter_digest
 from jmedlora.plan.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKSUMS, METRICS, PREDICTIONS, Storage
 from jmedlora.plan.planner import open_sweep
 from jmedlora.plan.records import Record

@@ -16,12 +16,12 @@ from jmedlora.config.locate import cache_dir
 from jmedlora.config.parts import Architecture, GgufSource, HubSource, ModelConfig, NamedSource, PathSource
 from jmedlora.config.run import RunSettings
 from jmedlora.models.adapters import base_name, save_adapter
-from jmedlora.models.checksums import AdapterDamaged, adapter_digest, verify
 from jmedlora.models.dropout import DropoutContext, KeyedDropout
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.lora import attach_lora, target_modules
 from jmedlora.models.random_models import build_model
 from jmedlora.models.source import SourceMissing, materialise
+from jmedlora.plan.checksums import AdapterDamaged, adapter_digest, verify
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

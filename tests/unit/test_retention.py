@@ -19,10 +19,10 @@ import pytest
 
 from jmedlora.config.faults import BadInput
 from jmedlora.models.adapters import adopt_adapter
-from jmedlora.models.checksums import AdapterDamaged, adapter_digest, verify, verify_what_is_left
 from jmedlora.orchestrator.keeping import KeepingToRule, settle_rule, told
 from jmedlora.orchestrator.ledger import HeldByAnother, driver_lock, run_status, standing
 from jmedlora.plan import retention
+from jmedlora.plan.checksums import AdapterDamaged, adapter_digest, verify, verify_what_is_left
 from jmedlora.plan.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKSUMS, METRICS, REMOVED, STATE_JSON, STATE_TENSORS, Storage
 from jmedlora.plan.planner import make_plan, open_sweep
 from jmedlora.plan.retention import apply_keep_rules, forget_removed, notes_on_keeping, removed_but_asked, rule_has_changed
