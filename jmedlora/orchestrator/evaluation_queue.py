@@ -18,8 +18,8 @@ from jmedlora.orchestrator.evaluation_lease import EvaluatedElsewhere, evaluatio
 from jmedlora.orchestrator.ledger import Job, is_done, is_ready
 from jmedlora.plan.checksums import AdapterDamaged, adapter_digest, verify
 from jmedlora.plan.layout import RunFolder, Storage, step_name
+from jmedlora.plan.lease import is_held
 from jmedlora.plan.records import Record, read_metrics
-from jmedlora.training.lease import is_held
 
 MAX_ATTEMPTS = 3
 """Deaths of actors in a row that one evaluation may meet without getting further."""

@@ -28,9 +28,9 @@ from jmedlora.orchestrator.places import free_abandoned_places
 from jmedlora.orchestrator.scheduling import Retries, progress_mark
 from jmedlora.orchestrator.stopping import StopMarker
 from jmedlora.plan.layout import Storage
+from jmedlora.plan.lease import is_held
 from jmedlora.plan.records import read_run
 from jmedlora.plan.specs import Plan, RunSpec, TrialSpec
-from jmedlora.training.lease import is_held
 
 POLL_S = 1.0
 WAIT_FOR_PLACE_S = 7 * 24 * 3600

@@ -17,9 +17,9 @@ from jmedlora.config.faults import first_line, is_out_of_memory
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.source import materialise
 from jmedlora.plan.layout import RunFolder, Storage
+from jmedlora.plan.lease import RunHeld, run_lease
 from jmedlora.plan.specs import RunSpec, TrialSpec
 from jmedlora.training.engine import NotFinite
-from jmedlora.training.lease import RunHeld, run_lease
 from jmedlora.training.process import Worker, this_worker
 from jmedlora.training.records import Listener, RunRecords, Status
 from jmedlora.training.run import BaseModel, digest_tokenizer, train_run

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jmedlora.plan.layout import ADAPTER_WEIGHTS, CHECKSUMS, STATE_JSON, STATE_TENSORS, RunFolder
-from jmedlora.training.lease import is_held
+from jmedlora.plan.lease import is_held
 from tests.chaos.world import Process, World
 
 if TYPE_CHECKING:

@@ -25,12 +25,13 @@ from jmedlora.orchestrator.evaluation_queue import EvaluationQueue
 from jmedlora.orchestrator.ledger import Job, run_status
 from jmedlora.orchestrator.tracker_actor import TrackerActor
 from jmedlora.orchestrator.trials import SweepContext, run_trial
+from jmedlora.plan import lease
 from jmedlora.plan.layout import RunFolder
 from jmedlora.plan.records import Record
 from jmedlora.plan.specs import RunSpec, TrialSpec
 from jmedlora.report import writer as report_writer
 from jmedlora.tracking import mlflow_tracker, writer
-from jmedlora.training import lease, loop, run
+from jmedlora.training import loop, run
 from jmedlora.training.loop import train_trial
 from tests.chaos.mlflow_server import Line
 from tests.chaos.work import Work

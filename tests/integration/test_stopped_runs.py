@@ -17,9 +17,9 @@ import torch
 
 from jmedlora.data import patience
 from jmedlora.plan.layout import Storage
+from jmedlora.plan.lease import is_held, run_lease
 from jmedlora.plan.records import read_run
 from jmedlora.training import loop, records, run
-from jmedlora.training.lease import is_held, run_lease
 from jmedlora.training.loop import train_trial
 from tests.integration.processes import ROOT
 from tests.integration.training_runs import Watching, curve, digests, train, train_until
@@ -31,7 +31,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from jmedlora.plan.layout import RunFolder
-from jmedlora.training.lease import run_lease
+from jmedlora.plan.lease import run_lease
 with run_lease(RunFolder(Path(sys.argv[1]))):
     print("held", flush=True)
     time.sleep(600)
