@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sqlite3
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -78,12 +81,19 @@ def unclean(results: Path) -> list[str]:
     return [_name(path, results) for path in results.glob("runs/**/.*")]
 
 
+def _copy(database: Path, folder: Path) -> Path:
+    """A copy beside its journal: sqlite itself finds no way into another process's file systems."""
+    for path in database.parent.glob(f"{database.name}*"):
+        shutil.copyfile(path, folder / path.name)
+    return folder / database.name
+
+
 def tracked_in(database: Path, sweep: str) -> dict[str, Any]:
     """Status, parameters, tags and points of the sweep's living MLflow runs, read from the database itself.
 
     Raises AssertionError where a run has two children or two parents, a point is there twice, or a run is open.
     """
-    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as opened:
+    with tempfile.TemporaryDirectory() as folder, closing(sqlite3.connect(_copy(database, Path(folder)))) as opened:
         ids = opened.execute(
             "SELECT r.run_uuid, r.status, r.end_time FROM runs r JOIN experiments e ON r.experiment_id = e.experiment_id "
             "WHERE e.name = ? AND r.lifecycle_stage = 'active'",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jmedlora.orchestrator.ledger import driver_lock
+from jmedlora.orchestrator.ledger import driver_lock, standing
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.records import Record
 from jmedlora.plan.specs import Plan
@@ -12,8 +12,10 @@ from jmedlora.tracking.location import tracking_uri
 _LOGGED = ("run_key", "evaluation_key", "step", "metric", "difference", "p", "p_holm")
 
 
-def changes_of(report: ReportFiles) -> list[Record]:
-    """What MLflow is told of how runs differ from their bases."""
+def changes_of(report: ReportFiles, is_complete: bool) -> list[Record]:
+    """What MLflow is told of how runs differ from their bases: once all is there, since what comes later changes the correction."""
+    if not is_complete:
+        return []
     return [{key: getattr(row, key) for key in _LOGGED} for row in report.statistics.against_base]
 
 
@@ -26,4 +28,4 @@ def rebuild_mlflow(plan: Plan, storage: Storage) -> tuple[ReportFiles, int]:
         report = write_report(plan, storage)
         from jmedlora.tracking.rebuilding import rebuild  # takes seconds
 
-        return report, rebuild(tracking_uri(storage), plan, storage, report.folder, changes_of(report))
+        return report, rebuild(tracking_uri(storage), plan, storage, report.folder, changes_of(report, standing(plan, storage).is_complete))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray import tune
 from ray.actor import ActorHandle
 
 from jmedlora.config.clock import now
@@ -78,6 +79,7 @@ def run_trial(config: dict[str, Any], context: SweepContext) -> None:
     """
     trial = next(trial for trial in context.plan.trials if trial.trial_id == config["trial_id"])
     _Trial(trial, context).train()
+    tune.report({"trial_id": trial.trial_id})  # Tune complains of trials that tell nothing
     if context.takes_turns and not context.marker.is_set():
         pool = context.pool({run.run_key for run in trial.runs}, trial.cpus_per_worker, trial.gpus_per_worker, actors=1)
         # what fails here is tried again, and told, at the end of the sweep
@@ -196,7 +198,7 @@ class _Trial:
             run_config=RunConfig(
                 name=f"{trial.trial_id}-{uuid.uuid4().hex[:8]}",  # Ray Train would go on with files of its own under a name that it knows
                 storage_path=str(context.storage.sweep(context.plan.sweep).ray),
-                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
                 callbacks=[TuneReportCallback()],
                 worker_runtime_env={"env_vars": worker_environment(context.resources, trial.cpus_per_worker, context.offline)},
             ),
