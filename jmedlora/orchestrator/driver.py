@@ -130,7 +130,6 @@ class _Driver:
             marker=self.marker,
             hints=hints_of(plan, config),
         )
-        self.training_is_over = threading.Event()
 
     def run(self) -> Outcome:
         trials = remaining_trials(self.plan, self.storage)
@@ -193,19 +192,19 @@ class _Driver:
             problems += self._drain(self.context.pool({base.run_key for base in self.plan.bases}, evaluation.cpus, gpus, evaluation.actors))
             problems += self._train(trials, lanes)
             return problems + self._drain(self.context.pool(everything, evaluation.cpus, gpus, evaluation.actors))
-        self.training_is_over.clear()
         pool = self.context.pool(everything, self._evaluation_cpus(), evaluation.gpus, evaluation.actors)
+        training_is_over = threading.Event()
         errors: list[str] = []
-        thread = threading.Thread(target=self._serve, args=(pool, errors), daemon=True)
+        thread = threading.Thread(target=self._serve, args=(pool, training_is_over, errors), daemon=True)
         thread.start()
         problems += self._train(trials, lanes)
-        self.training_is_over.set()
+        training_is_over.set()
         thread.join()
         return problems + errors + self._told(pool)
 
-    def _serve(self, pool: EvaluationPool, errors: list[str]) -> None:
+    def _serve(self, pool: EvaluationPool, training_is_over: threading.Event, errors: list[str]) -> None:
         try:
-            pool.serve(more_to_come=lambda: not self.training_is_over.is_set(), stopping=self.marker.is_set)
+            pool.serve(more_to_come=lambda: not training_is_over.is_set(), stopping=self.marker.is_set)
         except Exception as error:
             log.exception("the evaluation pool stopped")
             errors.append(f"evaluation stopped: {type(error).__name__}: {error}")

@@ -197,7 +197,7 @@ class Cluster:
             (driver, {"joined_ray": lambda *_: nullcontext(), "check_cluster": lambda *_: None}),
             (driver, {"graceful": self._graceful, "TrackerActor": SimpleNamespace(remote=self._tracker)}),
             (driver._Driver, {"_train": _train(self)}),
-            (trials, {"ray": self.ray, "time": world, "POLL_S": self._poll_s}),
+            (trials, {"ray": self.ray, "time": world, "POLL_S": self._poll_s, "tune": SimpleNamespace(report=lambda _: None)}),
             (trials._Trial, {"_start_group": _start_group(self)}),
             (evaluation_pool, {"ray": self.ray, "time": world, "POLL_S": self._poll_s, "EvaluationActor": actors}),
             (writer, {"threading": threads, "time": world, "_Closing": closing}),
