@@ -176,7 +176,7 @@ class _Driver:
 
     def close_tracking(self, status: str, report: ReportFiles | None) -> list[str]:
         """Lets the tracker write all that it was told, and how runs differ from their bases; returns what MLflow could not take."""
-        changes = changes_of(report, standing(self.plan, self.storage).is_complete) if report else []
+        changes = changes_of(report, standing(self.plan, self.storage).is_evaluated) if report else []
         try:
             return ray.get(self.tracker.finish.remote(status, str(report.folder) if report else None, changes), timeout=CLOSE_TRACKING_S)
         except RayError as error:

@@ -104,8 +104,13 @@ class Standing:
     """Those of them whose weights a keep rule has removed."""
 
     @property
+    def is_evaluated(self) -> bool:
+        """True where every evaluation of the plan is done."""
+        return self.evaluations_done == self.evaluations
+
+    @property
     def is_complete(self) -> bool:
-        return not any(keys for status, keys in self.runs.items() if status != "finished") and self.evaluations_done == self.evaluations
+        return not any(keys for status, keys in self.runs.items() if status != "finished") and self.is_evaluated
 
     def as_json(self) -> str:
         return json.dumps(

@@ -12,9 +12,9 @@ from jmedlora.tracking.location import tracking_uri
 _LOGGED = ("run_key", "evaluation_key", "step", "metric", "difference", "p", "p_holm")
 
 
-def changes_of(report: ReportFiles, is_complete: bool) -> list[Record]:
-    """What MLflow is told of how runs differ from their bases: once all is there, since what comes later changes the correction."""
-    if not is_complete:
+def changes_of(report: ReportFiles, is_evaluated: bool) -> list[Record]:
+    """What MLflow is told of how runs differ from their bases: once all is evaluated, since what comes later changes the correction."""
+    if not is_evaluated:
         return []
     return [{key: getattr(row, key) for key in _LOGGED} for row in report.statistics.against_base]
 
@@ -28,4 +28,6 @@ def rebuild_mlflow(plan: Plan, storage: Storage) -> tuple[ReportFiles, int]:
         report = write_report(plan, storage)
         from jmedlora.tracking.rebuilding import rebuild  # takes seconds
 
-        return report, rebuild(tracking_uri(storage), plan, storage, report.folder, changes_of(report, standing(plan, storage).is_complete))
+        return report, rebuild(
+            tracking_uri(storage), plan, storage, report.folder, changes_of(report, standing(plan, storage).is_evaluated)
+        )
