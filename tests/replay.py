@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,12 @@ def _tags(opened: sqlite3.Connection, run_id: str) -> dict[str, str]:
 def _files(uri: str) -> dict[str, str]:
     folder = Path(uri.removeprefix("file://"))
     return {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Waits for a minute at most."""
+    for _ in range(600):
+        if is_so():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not come to that")

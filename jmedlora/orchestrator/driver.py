@@ -8,7 +8,7 @@ import signal
 import threading
 import uuid
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import ray
 from ray import tune
@@ -41,6 +41,7 @@ from jmedlora.plan.estimates import concurrent_trials
 from jmedlora.plan.fitting import hints_of
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.naming import names_of
+from jmedlora.plan.records import Record
 from jmedlora.plan.retention import forget_removed
 from jmedlora.plan.specs import Plan, TrialSpec
 from jmedlora.plan.writing import write_plan
@@ -74,12 +75,12 @@ def run_sweep(config: SweepConfig, plan: Plan, address: str | None, console: Con
     """
     storage = Storage(config.storage_path)
     folder = storage.sweep(plan.sweep)
-    is_complete = folder.closed.is_file() and standing(plan, storage).is_complete and folder.report.is_dir() and folder.plan_json.is_file()
-    if is_complete and not stale_evaluations(plan, storage):
+    was_closed = folder.closed.is_file() and folder.report.is_dir() and folder.plan_json.is_file()
+    if was_closed and (state := standing(plan, storage)).is_complete and not stale_evaluations(plan, storage):
         if removed := settle_rule(config, plan, storage):
             console.print(told(removed), highlight=False)
         console.print(f"sweep {plan.sweep} is complete already: nothing to train, nothing to evaluate")
-        return _outcome(plan, storage, [])
+        return Outcome(DONE, state, [])
     with ExitStack() as stack:
         # another driver is told before Ray takes its time to start; in a new storage nothing is written before the cluster is checked
         begun = folder.ledger.is_dir()
@@ -145,16 +146,17 @@ class _Driver:
                 problems = self._train_and_evaluate(again, lanes)
         if keeping.removed:
             self.console.print(told(keeping.removed), highlight=False)
-        if self.marker.is_set() and not standing(self.plan, self.storage).is_complete:
+        state = standing(self.plan, self.storage)
+        if self.marker.is_set() and not state.is_complete:
             return self.stopped()
         self.marker.remove()
         report = when_there_is_room(lambda: write_report(self.plan, self.storage), "the report")
-        status = "finished" if _outcome(self.plan, self.storage, problems).exit_code == DONE else "failed"
-        problems += [f"MLflow: {problem}" for problem in self.close_tracking(status, report)]
-        outcome = replace(_outcome(self.plan, self.storage, problems), report=report)
-        if outcome.exit_code == DONE:
+        status = "finished" if state.is_complete and not problems else "failed"
+        problems += [f"MLflow: {problem}" for problem in self.close_tracking(status, report, changes_of(report, state.is_evaluated))]
+        if state.is_complete and not problems:
             write_text(self.storage.sweep(self.plan.sweep).closed, f"{now()}\n")
-        return outcome
+            return Outcome(DONE, state, problems, report)
+        return Outcome(SOME_FAILED, state, problems, report)
 
     def _made_again(self) -> list[TrialSpec]:
         """Trials of runs that wait once all is trained: a checkpoint of theirs turned out to be damaged when it was to be evaluated."""
@@ -163,7 +165,7 @@ class _Driver:
 
     def stopped(self) -> Outcome:
         """The end of a sweep that was interrupted, with grace or at once."""
-        problems = self.close_tracking("interrupted", None)
+        problems = self.close_tracking("interrupted", None, [])
         self.marker.remove()
         return Outcome(INTERRUPTED, standing(self.plan, self.storage), [f"MLflow: {problem}" for problem in problems])
 
@@ -174,9 +176,8 @@ class _Driver:
         except OSError as error:  # workers cannot be told
             self.console.print(f"cannot ask the runs to stop: {error} (once more: stop at once)", highlight=False)
 
-    def close_tracking(self, status: str, report: ReportFiles | None) -> list[str]:
+    def close_tracking(self, status: str, report: ReportFiles | None, changes: list[Record]) -> list[str]:
         """Lets the tracker write all that it was told, and how runs differ from their bases; returns what MLflow could not take."""
-        changes = changes_of(report, standing(self.plan, self.storage).is_evaluated) if report else []
         try:
             return ray.get(self.tracker.finish.remote(status, str(report.folder) if report else None, changes), timeout=CLOSE_TRACKING_S)
         except RayError as error:
@@ -272,8 +273,3 @@ class _Driver:
         trial = resources.workers_per_trial * resources.cpus_per_worker
         needed = trial + resources.evaluation.actors * resources.evaluation.cpus
         return resources.evaluation.cpus if ray.cluster_resources().get("CPU", 0) >= needed or resources.gpus_per_worker else 0
-
-
-def _outcome(plan: Plan, storage: Storage, problems: list[str]) -> Outcome:
-    state = standing(plan, storage)
-    return Outcome(DONE if state.is_complete and not problems else SOME_FAILED, state, problems)

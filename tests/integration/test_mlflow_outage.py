@@ -7,7 +7,7 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from jmedlora.tracking.rebuilding import rebuild
 from jmedlora.tracking.writer import TrackingWriter
 from tests.integration.mlflow_servers import Proxy, Server
 from tests.made_up import base_spec, plan_of, run_spec
-from tests.replay import Replay, disorder, run_ids, tracked
+from tests.replay import Replay, disorder, run_ids, tracked, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +54,6 @@ def planned(sweep: str) -> Plan:
 def replay_of(sweep: str, folder: Path, uri: str) -> Replay:
     storage, plan = Storage(folder / "results"), planned(sweep)
     return Replay(plan, folder / "scratch", storage, TrackingWriter(uri, plan, storage))
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    for _ in range(600):
-        if is_so():
-            return
-        time.sleep(0.1)
-    raise AssertionError("it did not come to that")
 
 
 def told_at_once(events: Iterator[None], count: int, pause_s: float = 0.0) -> None:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,7 +45,7 @@ from tests.made_up import (
     write_sweep,
     write_training,
 )
-from tests.replay import Replay, disorder, points_of, run_ids, tracked
+from tests.replay import Replay, disorder, points_of, run_ids, tracked, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -326,14 +325,6 @@ def test_where_mlflow_is(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> N
 
 def writer_of(plan: Plan, storage: Storage) -> TrackingWriter:
     return TrackingWriter(tracking_uri(storage), plan, storage)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    for _ in range(600):
-        if is_so():
-            return
-        time.sleep(0.1)
-    raise AssertionError("it did not come to that")
 
 
 def is_whole(plan: Plan, storage: Storage) -> bool:
