@@ -89,6 +89,28 @@ def test_rays_own_command_runs_the_entry_script_and_bad_input_fails_the_job(head
     assert (tmp_path / "sweeps/smoke/report/table.csv").is_file()
 
 
+@pytest.mark.slow
+def test_a_stopped_job_finishes_its_step_and_saves(head: str, tmp_path: Path) -> None:
+    long = ["extra=[]", "shots=[0]", "~grid.epochs", "training.max_steps=5000"]
+    submitted = run_jmedlora(
+        "submit", "smoke", f"storage={tmp_path}", *long, "--address", head, "--no-wait", cwd=tmp_path, RAY_AUTH_MODE="disabled"
+    )
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    job = submitted.stdout.split()[1].rstrip(":")
+    deadline = time.monotonic() + 200
+    while not (lines := [path for path in tmp_path.glob("runs/*/train.jsonl") if path.read_text().count("\n") >= 5]):
+        assert time.monotonic() < deadline, "training did not begin"
+        time.sleep(0.5)
+    ray = str(Path(sys.executable).parent / "ray")
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    stopped = subprocess.run([ray, "job", "stop", job, "--address", head], env=environment, capture_output=True, text=True, timeout=200)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    run = lines[0].parent
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    steps = lines[0].read_text().count("\n")
+    assert (run / "state" / f"step-{steps:06d}").is_dir()
+
+
 def test_submitting_needs_an_absolute_storage_and_an_address_that_answers(tmp_path: Path) -> None:
     done = run_jmedlora("submit", "smoke", "storage=results", cwd=tmp_path)
     assert (done.returncode, "storage: 'results' is relative" in done.stderr) == (2, True)
