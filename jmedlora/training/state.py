@@ -90,5 +90,5 @@ def _first_damaged(folder: RunFolder, steps: list[int]) -> str:
         try:
             verify_what_is_left(folder.checkpoint(step))
         except AdapterDamaged as damaged:
-            return f"the checkpoint of step {step} before it is damaged ({damaged})"
+            return f"the checkpoint of step {step} before it is not whole ({damaged})"
     return ""

@@ -84,8 +84,13 @@ def test_processes_killed_one_after_another_while_the_driver_lives(begin: Begin,
 def test_a_killed_driver_takes_all_with_it_and_damaged_states_are_passed_over(begin: Begin, undisturbed: Path) -> None:
     sweep = begin()
     sweep.wait_for(lambda: sweep.in_training(from_step=210), "the second checkpoint")
+    worker = sweep.find("training worker")
+    assert worker is not None
+    worker.suspend()  # Ray ends it some time after its driver, and it would train meanwhile, perhaps to its end
+    assert sweep.in_training(from_step=210)
     assert sweep.hit("driver") is not None
     assert sweep.finish() == -signal.SIGKILL
+    worker.kill()
     assert sweep.leftovers() == []
     assert sweep.plan is not None
     run = sweep.plan.runs[0]
@@ -215,9 +220,7 @@ def test_a_disk_that_is_full_during_a_checkpoint_is_waited_for(
         held_at = sweep.steps(run)
         assert not any(sweep.storage.run(run.run_key).is_committed(at) for at in run.checkpoint_steps if at > held_at)
         ballast.unlink()
-        if sweep.finish() != 0:  # an evaluation that was to be stored meanwhile has failed, is told, and made by the next start
-            assert "No space left on device" in sweep.output()
-            sweep.run_to_the_end()
+        assert sweep.finish() == 0, sweep.output()
         assert "Traceback" not in sweep.output()
         assert any("the disk was full" in note for note in told(sweep, run)["notes"])
         assert_as_undisturbed(sweep, undisturbed)

@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_comes_again(data_file: Path, tmp_path: Path) -> No
     assert train(tmp_path / "killed", spec) == [3, 4, 5, 6, 7]
     told = read_run(Storage(tmp_path / "killed"), spec.run_key)
     assert told is not None
-    assert "checkpoint of step 4 before it is damaged" in told["notes"][0]
+    assert "checkpoint of step 4 before it is not whole" in told["notes"][0]
     assert digests(tmp_path / "killed", spec) == digests(tmp_path / "whole", spec)
 
 
