@@ -65,11 +65,13 @@ def run_spec(
     steps_per_epoch = -(-len(rows) // run.batch_size)
     total_steps = run.max_steps or round((run.epochs or 0) * steps_per_epoch)
     facts = {"settings": run.model_dump(mode="json"), "family": family, "precision": [precision, compute_precision], "rows": rows}
+    duration = {"epochs", "max_steps"} if run.schedule == "constant" else set()
+    trajectory = run.model_dump(mode="json", exclude=duration)
     every = checkpoint_every or total_steps
     return RunSpec.model_validate(
         {
             "run_key": key_of(facts),
-            "trajectory_key": key_of(facts),
+            "trajectory_key": key_of(facts | {"settings": trajectory}),
             "settings": run,
             "model": tiny_model(family),
             "method": MethodConfig(name=method, quantisation="nf4" if precision == "nf4" else "none"),
@@ -90,6 +92,7 @@ def run_spec(
     )
 
 
-def trial_of(*runs: RunSpec, workers: int = 1) -> TrialSpec:
+def trial_of(*runs: RunSpec, workers: int = 1, pack: int = 1, share_prefixes: bool = False) -> TrialSpec:
     """A trial of these runs."""
-    return TrialSpec(trial_id="tiny", runs=list(runs), workers=workers, cpus_per_worker=1, gpus_per_worker=0)
+    chosen = {"workers": workers, "pack": pack, "share_prefixes": share_prefixes}
+    return TrialSpec(trial_id="tiny", runs=list(runs), cpus_per_worker=1, gpus_per_worker=0, **chosen)

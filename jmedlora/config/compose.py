@@ -125,6 +125,8 @@ class _SweepReader:
             evaluation_prompts=prompts,
             evaluate=file.evaluate,
             keep=file.keep,
+            pack=file.pack,
+            share_prefixes=file.share_prefixes,
             resources=resources,
             storage=absolute(file.storage, self.origin.base("storage")),
             sources=absolute(file.sources, self.origin.base("sources")),

@@ -18,6 +18,9 @@ PartEntry = Name | dict[str, Any]
 """A preset's name, or the part itself; `preset: NAME` inside takes the preset and changes the keys beside it."""
 
 
+PackSize = Literal["auto"] | Annotated[Whole, Field(ge=1)]
+
+
 class EvaluateConfig(Part):
     """When checkpoints are written and scored, how answers are had and how they are scored."""
 
@@ -71,6 +74,10 @@ class SweepFile(Part):
     """Settings of every run that the grid does not vary."""
     evaluate: EvaluateConfig = EvaluateConfig()
     keep: KeepConfig = KeepConfig()
+    pack: PackSize = "auto"
+    """Adapters that are trained, or evaluated, over one base model at once, at most; `auto`: as many as pay and fit; 1: one by one."""
+    share_prefixes: bool = True
+    """Whether runs that differ in duration alone are trained once, as far as the shorter one goes."""
     deepspeed: PartEntry = "zero0"
     resources: PartEntry = "local"
     storage: Text = "results"
@@ -103,6 +110,8 @@ class SweepConfig(Part):
     evaluation_prompts: list[str]
     evaluate: EvaluateConfig
     keep: KeepConfig
+    pack: PackSize
+    share_prefixes: bool
     resources: ResourcesConfig
     storage: str
     sources: str

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, PeftModelForCausalLM, load_peft_weights, set_peft_model_state_dict
 
 from jmedlora import __version__
 from jmedlora.config.benchmark import PromptConfig
@@ -23,13 +22,13 @@ from jmedlora.data.benchmarks import load_benchmark
 from jmedlora.data.prompts import target_of
 from jmedlora.data.rows import LETTERS, Instruction, Question
 from jmedlora.data.tokenisation import encode_choice, prompt_text
-from jmedlora.evaluation.generation import EncodedPrompts, decode_greedily, encode_prompts, max_prompt_tokens
+from jmedlora.evaluation.generation import EncodedPrompts, decode_together, encode_prompts, max_prompt_tokens
 from jmedlora.evaluation.journal import Journal
 from jmedlora.evaluation.likelihood import weigh_choices
+from jmedlora.evaluation.resident import Resident
 from jmedlora.evaluation.results import Answers, asked_rows, write_results
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.source import materialise
-from jmedlora.plan.checksums import adapter_digest, verify
 from jmedlora.plan.identity import model_identity
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import EvaluationSpec
@@ -37,12 +36,11 @@ from jmedlora.plan.specs import EvaluationSpec
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
-class AdapterHasNoEffect(Exception):
-    """The adapter does not change the base model's logits: scoring it would score the base under another name."""
+class Checkpoint(NamedTuple):
+    """The adapter of a run after so many steps; with step 0 the bare base model."""
 
-
-class AdapterDoesNotFit(Exception):
-    """The adapter's weights and the layers that its config asks for are not the same."""
+    run_key: str
+    step: int
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,15 @@ class _Task:
         return hashlib.sha256(json.dumps([self.prompts.token_ids, self.choices]).encode()).hexdigest()
 
 
+Outcome = dict[str, Any] | Exception
+"""The metrics of a checkpoint, or what is wrong with it."""
+
+
 class Evaluator:
     """Holds one base model at one precision and scores checkpoints of adapters to it.
 
-    Adapters come and go beside the base's weights, which are neither merged nor reloaded; the last one stays, since
-    several evaluations of one checkpoint usually follow each other.
+    Adapters come and go beside the base's weights, which are neither merged nor reloaded; several can be there at once, and the
+    last ones stay, since several evaluations of the same checkpoints usually follow each other.
     """
 
     def __init__(
@@ -90,8 +92,7 @@ class Evaluator:
             "device": self._device_name(),
         }
         self._sources = sources
-        self._adapted: PeftModel | None = None
-        self._adapter_digest: str | None = None
+        self._resident = Resident(self._base, self.device)
         self._tasks: dict[str, _Task] = {}
 
     def evaluate(
@@ -104,53 +105,111 @@ class Evaluator:
     ) -> dict[str, Any]:
         """Score the checkpoint of `run_key` after `step` steps, or the bare base model where `step` is 0.
 
-        Writes predictions.jsonl, then metrics.json, into the evaluation's folder, and returns the metrics. Answers are generated
-        or choices weighed, as the evaluation says. `on_progress(done, total)` is called with numbers of questions. Goes on from the
+        The rest as in `evaluate_together`, but that whatever is wrong is raised.
+        """
+        [outcome] = self.evaluate_together([Checkpoint(run_key, step)], evaluation, storage, 1, on_progress)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def evaluate_together(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        evaluation: EvaluationSpec,
+        storage: Storage,
+        pack: int,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[Outcome]:
+        """Score checkpoints (with step 0: the bare base model), at most `pack` adapters at once; of each its metrics, or what is wrong.
+
+        Writes predictions.jsonl, then metrics.json, into each evaluation's folder. Answers are generated or choices weighed, as
+        the evaluation says. `on_progress(done, total)` is called with numbers of questions, of all checkpoints. Goes on from the
         answers that a start which was killed has left.
-        Raises AdapterDamaged when the checkpoint is not what its checksums say, AdapterDoesNotFit, AdapterHasNoEffect, and
-        BadInput when the benchmark does not fit the evaluation.
+        What is wrong with one checkpoint, and stops no other: AdapterDamaged when it is not what its checksums say,
+        AdapterDoesNotFit, AdapterHasNoEffect, OSError when its results cannot be written. Raises BadInput when the benchmark does
+        not fit the evaluation, and torch.OutOfMemoryError when memory does not suffice for the adapters and one prompt.
         """
         started = time.perf_counter()
         task = self._task(evaluation)
-        if step:
-            self._load_adapter(storage.run(run_key).checkpoint(step), task.prompts.token_ids[0])
-        else:
-            self._unload_adapter()
-        total = len(task.questions)
-        on_batch = (lambda done: on_progress(done, total)) if on_progress else None
-        identity = {"adapter": self._adapter_digest, "asked": task.digest, **self._base_facts}
-        with Journal(storage, run_key, step, evaluation, identity, started) as journal:
-            answers, new_tokens = self._answers(task, evaluation, journal, on_batch)
+        outcomes: dict[Checkpoint, Outcome] = {}
+        for together in _packs(list(dict.fromkeys(checkpoints)), pack):
+            before = len(outcomes) * len(task.questions)
+            total = len(checkpoints) * len(task.questions)
+            on_batch = partial(_told, on_progress, before, total) if on_progress else None
+            outcomes |= self._evaluate(together, task, evaluation, storage, started, on_batch)
+            started = time.perf_counter()
+        return [outcomes[checkpoint] for checkpoint in checkpoints]
+
+    def _evaluate(
+        self,
+        together: Sequence[Checkpoint],
+        task: _Task,
+        evaluation: EvaluationSpec,
+        storage: Storage,
+        started: float,
+        on_batch: Callable[[int], None] | None,
+    ) -> dict[Checkpoint, Outcome]:
+        """The outcomes of checkpoints whose adapters are resident at once, or of the base alone."""
+        loaded = self._load(together, task, storage)
+        outcomes: dict[Checkpoint, Outcome] = {each: digest for each, digest in loaded.items() if isinstance(digest, Exception)}
+        digests = {each: digest for each, digest in loaded.items() if not isinstance(digest, Exception)}
+        if not digests:
+            return outcomes
+        share = 1 / len(digests)
+        journals = {
+            each: Journal(storage, *each, evaluation, {"adapter": digest, "asked": task.digest, **self._base_facts}, started, share)
+            for each, digest in digests.items()
+        }
+        with ExitStack() as unfinished:
+            for journal in journals.values():
+                unfinished.push(journal)
+            answered = self._answers(task, evaluation, list(journals.values()), on_batch)
+            unfinished.pop_all()
+        seconds = share * (time.perf_counter() - started)
+        for (checkpoint, journal), (answers, new_tokens) in zip(journals.items(), answered, strict=True):
             facts = {
-                "adapter_digest": self._adapter_digest,
+                "adapter_digest": digests[checkpoint],
                 "prompt_tokens": task.prompts.tokens,
                 "new_tokens": new_tokens,
                 "truncated_prompts": task.prompts.truncated,
                 "batch_size": journal.batch_size,
-                "seconds": journal.earlier_s + time.perf_counter() - started,
+                "pack": len(digests),
+                "seconds": journal.earlier_s + seconds,
                 "device": self._device_name(),
             }
-            return write_results(storage, run_key, step, evaluation, task.questions, answers, facts)
+            try:
+                with journal:
+                    outcomes[checkpoint] = write_results(storage, *checkpoint, evaluation, task.questions, answers, facts)
+            except Exception as error:  # the others' results can be written
+                outcomes[checkpoint] = error
+        return outcomes
+
+    def _load(self, together: Sequence[Checkpoint], task: _Task, storage: Storage) -> dict[Checkpoint, str | Exception | None]:
+        """Makes the checkpoints resident: of each its digest (of a bare base None), or what keeps it out."""
+        if not together[0].step:
+            self._resident.unload()
+            return {together[0]: None}
+        folders = [storage.run(each.run_key).checkpoint(each.step) for each in together]
+        return dict(zip(together, self._resident.load(folders, task.prompts.token_ids[0]), strict=True))
 
     def _answers(
-        self, task: _Task, evaluation: EvaluationSpec, journal: Journal, on_batch: Callable[[int], None] | None
-    ) -> tuple[Answers, int]:
-        """The answers, and the tokens that were generated or weighed."""
+        self, task: _Task, evaluation: EvaluationSpec, journals: Sequence[Journal], on_batch: Callable[[int], None] | None
+    ) -> list[tuple[Answers, int]]:
+        """The answers of each resident adapter, and the tokens that were generated or weighed."""
         if evaluation.scoring == "loglikelihood":
-            likelihoods = weigh_choices(self._base, task.prompts, task.choices, evaluation.batch_size, self.device, on_batch, journal)
-            return Answers([], likelihoods), sum(sum(each.tokens) for each in likelihoods)
-        generation = decode_greedily(
-            self._base,
+            weighed = weigh_choices(self._resident, task.prompts, task.choices, evaluation.batch_size, journals, on_batch)
+            return [(Answers([], own), sum(sum(each.tokens) for each in own)) for own in weighed]
+        generated = decode_together(
+            self._resident,
             self._tokenizer,
             task.prompts,
             evaluation.max_new_tokens,
             evaluation.batch_size,
-            self.device,
+            journals,
             on_batch,
             evaluation.prompt.answer_marker,
-            journal,
         )
-        return Answers(generation.texts, []), generation.new_tokens
+        return [(Answers(own.texts, []), own.new_tokens) for own in generated]
 
     def _task(self, evaluation: EvaluationSpec) -> _Task:
         """The benchmark's questions and prompts, read and encoded once per evaluation."""
@@ -167,55 +226,22 @@ class Evaluator:
             self._tasks[evaluation.evaluation_key] = _Task(questions, prompts, choices)
         return self._tasks[evaluation.evaluation_key]
 
-    def _load_adapter(self, folder: Path, prompt: list[int]) -> None:
-        """Put the adapter into the base unless it is there, once it is proven whole and to change the logits of `prompt`."""
-        verify(folder)
-        digest = adapter_digest(folder)
-        if digest == self._adapter_digest:
-            return
-        self._unload_adapter()
-        before = self._logits(prompt)
-        try:
-            self._attach(folder)
-            if torch.equal(before, self._logits(prompt)):
-                raise AdapterHasNoEffect(f"{folder}: the adapter does not change the base model's logits")
-        except BaseException:
-            # Whatever went wrong, the next checkpoint must find the base as it was.
-            self._unload_adapter()
-            raise
-        self._adapter_digest = digest
-
-    def _attach(self, folder: Path) -> None:
-        """Wrap the base's layers and fill them from the file; unlike PeftModel.from_pretrained, raise for weights without a match."""
-        config = LoraConfig.from_pretrained(folder)
-        config.inference_mode = True
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # PEFT and transformers among themselves
-                # Created empty: no random numbers are drawn for what is overwritten.
-                self._adapted = PeftModelForCausalLM(self._base, config, low_cpu_mem_usage=True).eval()
-            weights = load_peft_weights(folder, device=str(self.device))
-            loaded = set_peft_model_state_dict(self._adapted, weights, low_cpu_mem_usage=True)
-        except torch.OutOfMemoryError:  # which is a RuntimeError too
-            raise
-        except (RuntimeError, ValueError) as error:  # other shapes, or layers that the base does not have
-            raise AdapterDoesNotFit(f"{folder}: {' '.join(str(error).split())}") from None
-        unmatched = [*loaded.unexpected_keys, *(key for key in loaded.missing_keys if ".lora_" in key)]
-        if unmatched:
-            raise AdapterDoesNotFit(f"{folder}: {len(unmatched)} weights without a match in the base model, {unmatched[0]} among them")
-
-    def _unload_adapter(self) -> None:
-        """Take the adapter's layers out again: what is left is the base as it was loaded."""
-        if self._adapted is not None:
-            self._adapted.unload()
-        self._adapted = self._adapter_digest = None
-
-    @torch.inference_mode()
-    def _logits(self, prompt: list[int]) -> torch.Tensor:
-        return self._base(input_ids=torch.tensor([prompt], device=self.device), use_cache=False).logits
-
     def _device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+
+def _packs(checkpoints: Sequence[Checkpoint], size: int) -> Iterator[Sequence[Checkpoint]]:
+    """Checkpoints whose adapters are resident at once; a bare base by itself."""
+    for checkpoint in checkpoints:
+        if not checkpoint.step:
+            yield [checkpoint]
+    adapters = [each for each in checkpoints if each.step]
+    for start in range(0, len(adapters), size):
+        yield adapters[start : start + size]
+
+
+def _told(on_progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    on_progress(before + done, total)
 
 
 def _choice_targets(prompt: PromptConfig, row: Instruction) -> list[str]:

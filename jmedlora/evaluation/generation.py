@@ -10,10 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.data.tokenisation import encode_prompt
-from jmedlora.evaluation.batching import answer_in_batches
+from jmedlora.evaluation.batching import Asked, answer_in_batches
 from jmedlora.evaluation.journal import AnswersSoFar
 from jmedlora.evaluation.metrics import answer_is_complete
 from jmedlora.evaluation.prefix import Prefix, lay_out, read_shared_prefix
+from jmedlora.evaluation.resident import Resident
 
 # Finished rows are dropped from a batch once they are a quarter of it: dropping copies the cache, keeping computes them in vain.
 _KEPT_SHARE = 0.75
@@ -58,7 +59,6 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], m
     return EncodedPrompts(token_ids, len(too_long))
 
 
-@torch.inference_mode()
 def decode_greedily(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -68,27 +68,44 @@ def decode_greedily(
     device: torch.device | str,
     on_batch: Callable[[int], None] | None = None,
     marker: str | None = None,
-    so_far: AnswersSoFar | None = None,
 ) -> Generation:
-    """Answer each prompt with the most likely token at every step, in batches of prompts of similar length.
+    """The answers of a model as it is; the rest as in `decode_together`."""
+    so_far = [AnswersSoFar(batch_size)]
+    return decode_together(Resident(model, device), tokenizer, prompts, max_new_tokens, batch_size, so_far, on_batch, marker)[0]
+
+
+@torch.inference_mode()
+def decode_together(
+    resident: Resident,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: EncodedPrompts,
+    max_new_tokens: int,
+    batch_size: int,
+    so_far: Sequence[AnswersSoFar],
+    on_batch: Callable[[int], None] | None = None,
+    marker: str | None = None,
+) -> list[Generation]:
+    """Answer each prompt with the most likely token at every step, in batches of prompts of similar length; for each resident adapter.
 
     A row ends at an end-of-sequence token, or once a line break follows text, since only the first line is scored; with a
     `marker`, once a line break follows the text behind it.
-    What the model's generation_config says of sampling or penalties plays no part. `on_batch` is called after each batch
-    with the number of prompts answered so far. Prompts that `so_far` (token ids by position) answers are not asked again, and it
-    takes what is answered. A batch that does not fit into memory is halved.
+    What the model's generation_config says of sampling or penalties plays no part. A batch holds at most `batch_size` prompts of
+    each adapter. `on_batch` is called after each batch with the number of answers so far. Prompts that an adapter's `so_far` (token
+    ids by position) answers are not asked again, and it takes what is answered. A batch that does not fit into memory is halved.
     """
-    so_far = so_far or AnswersSoFar(batch_size)
-    stop = _StopRule(model, tokenizer, marker)
+    stop = _StopRule(resident.model, tokenizer, marker)
     token_ids = prompts.token_ids
-    prefix = read_shared_prefix(model, token_ids, device)
+    prefix = read_shared_prefix(resident, token_ids)
 
-    def decode(rows: list[int]) -> list[list[int]]:
-        return _decode_batch(model, [token_ids[row] for row in rows], prefix, stop, max_new_tokens, device)
+    def decode(asked: list[Asked]) -> list[list[int]]:
+        return _decode_batch(resident, asked, token_ids, prefix, stop, max_new_tokens)
 
     answer_in_batches(token_ids, decode, so_far, batch_size, on_batch=on_batch)
-    answers: list[list[int]] = [so_far.answers[row] for row in range(len(token_ids))]
-    return Generation([stop.text(answer) for answer in answers], prompts.tokens, sum(map(len, answers)), prompts.truncated)
+    made = []
+    for own in so_far:
+        answers: list[list[int]] = [own.answers[prompt] for prompt in range(len(token_ids))]
+        made.append(Generation([stop.text(answer) for answer in answers], prompts.tokens, sum(map(len, answers)), prompts.truncated))
+    return made
 
 
 class _StopRule:
@@ -117,14 +134,17 @@ class _StopRule:
 
 
 def _decode_batch(
-    model: PreTrainedModel, prompts: list[list[int]], prefix: Prefix, stop: _StopRule, max_new_tokens: int, device: torch.device | str
+    resident: Resident, asked: list[Asked], token_ids: list[list[int]], prefix: Prefix, stop: _StopRule, max_new_tokens: int
 ) -> list[list[int]]:
-    """New tokens of each prompt, a finishing end-of-sequence token among them."""
-    batch = lay_out(prompts, prefix, device)
+    """New tokens of each prompt that is asked, a finishing end-of-sequence token among them."""
+    model, device = resident.model, resident.device
+    owners = [each.adapter for each in asked]
+    batch = lay_out([token_ids[each.prompt] for each in asked], owners, prefix, max_new_tokens, device)
     tokens, mask, positions, cache = batch.tokens, batch.mask, batch.positions, batch.cache
-    answers: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))
+    answers: list[list[int]] = [[] for _ in asked]
+    rows = list(range(len(asked)))
     running = [True] * len(rows)
+    resident.enter(owners)
     for step in range(max_new_tokens):
         output = model(
             input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
@@ -142,6 +162,7 @@ def _decode_batch(
             cache.batch_select_indices(index)
             chosen, mask, positions = chosen[index], mask[index], positions[index]
             rows, running = [rows[i] for i in kept], [True] * len(kept)
+            resident.enter([owners[row] for row in rows])
         tokens, positions = chosen[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
     return answers

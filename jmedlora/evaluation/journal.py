@@ -51,11 +51,20 @@ class Journal(AnswersSoFar):
     A disk that is full or fails is told once in the log; the evaluation then goes on without.
     """
 
-    def __init__(self, storage: Storage, run_key: str, step: int, evaluation: EvaluationSpec, identity: dict[str, Any], started: float):
+    def __init__(
+        self,
+        storage: Storage,
+        run_key: str,
+        step: int,
+        evaluation: EvaluationSpec,
+        identity: dict[str, Any],
+        started: float,
+        share: float = 1.0,
+    ):
         """Begins with what earlier starts have left.
 
         identity: what answers depend on beside the evaluation, as JSON; what was left with another one is removed.
-        started: `time.perf_counter()` when this start began.
+        started: `time.perf_counter()` when this start began. share: part of the time that counts for it, of several evaluations at once.
         """
         super().__init__(evaluation.batch_size)
         self.earlier_s = 0.0
@@ -67,6 +76,7 @@ class Journal(AnswersSoFar):
         self._file: IO[bytes] | None = None
         self._unwritten: dict[int, Any] = {}
         self._written_at = started
+        self._share = share
         self._is_refused = False
         for file in _files(*self._place):
             self._take_over(file)
@@ -108,7 +118,7 @@ class Journal(AnswersSoFar):
             "rows": list(self._unwritten),
             "answers": list(self._unwritten.values()),
             "batch_size": self.batch_size,
-            "seconds": written_at - self._written_at,
+            "seconds": self._share * (written_at - self._written_at),
         }
         try:
             if self._file is None:

@@ -69,7 +69,8 @@ def _adopted(adapter: Path, base: BaseSpec, storage: Storage) -> str:
 @contextmanager
 def _adapters_told() -> Iterator[None]:
     """What is wrong with an adapter is the user's to know."""
-    from jmedlora.evaluation.evaluator import AdapterDoesNotFit, AdapterHasNoEffect
+    from jmedlora.evaluation.opening import AdapterDoesNotFit
+    from jmedlora.evaluation.resident import AdapterHasNoEffect
     from jmedlora.plan.checksums import AdapterDamaged
 
     try:

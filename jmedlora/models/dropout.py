@@ -1,17 +1,18 @@
 """Dropout whose masks are a pure function of run seed, step, row and module.
 
-No random stream is drawn from, so masks do not change with padding, batch composition, micro-batches, device,
-resumption, or when gradient checkpointing computes a layer twice.
+No random stream is drawn from, so masks do not change with padding, batch composition, micro-batches, device, the other
+adapters of a pack, resumption, or when gradient checkpointing computes a layer twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from jmedlora.data.mixing import combine, key_from
 
@@ -20,39 +21,73 @@ _FIRST = 0x2C1B3C6D
 _SECOND = 0x297A2D39
 
 
-class DropoutContext:
-    """What the masks of one micro-batch depend on, shared by all layers of one adapter.
+class RowsOfAdapter(NamedTuple):
+    """What one adapter has in a micro-batch, and what its dropout depends on."""
 
-    `enter` is called before each forward; masks hold until the next call, so that a backward may compute them again.
-    """
+    rows: Sequence[int]
+    """Numbers of the data rows."""
+    step: int = 0
+    """Optimizer step (1-based)."""
 
-    def __init__(self, seed: int):
-        self._seed = seed
-        self._modules: list[np.ndarray] = []
+
+@dataclass(frozen=True)
+class Chances:
+    """Dropout of one adapter."""
+
+    seed: int
+    probability: float
+
+
+class Masks(NamedTuple):
+    """The masks of one layer for a micro-batch of B rows: `keep` (B or, where every adapter has the same, rows of one, T, C) bool."""
+
+    keep: Tensor
+    scale: Tensor
+    """(B, 1, 1): what kept values are multiplied by."""
+
+
+class KeyedDropout:
+    """The dropout of all layers and adapters of a pack; `enter` is called before each forward, masks hold until the next call."""
+
+    def __init__(self, chances: Sequence[Chances], layers: Sequence[str], device: torch.device):
+        """layers: their names, which masks depend on; asked for by their places in this sequence."""
+        self._chances = chances
+        self._layers = np.concatenate([key_from("dropout", name) for name in layers])
+        self._device = device
         self._keys: Tensor | None = None
+        self._thresholds = self._scale = torch.empty(0)
 
-    def register(self, name: str) -> int:
-        """The place of a module, to be asked for with `keys`."""
-        self._modules.append(key_from("dropout", name))
-        return len(self._modules) - 1
+    @property
+    def is_off(self) -> bool:
+        return all(each.probability == 0 for each in self._chances)
 
-    def enter(self, step: int, rows: Sequence[int], device: torch.device) -> None:
-        """Sets the optimizer step and the data row of each sequence of the micro-batch."""
-        if not self._modules:
-            return
-        of_rows = combine(key_from("dropout", self._seed, step), np.asarray(rows, dtype=np.uint64))
-        of_modules = combine(np.concatenate(self._modules)[:, None], of_rows[None, :])
-        self._keys = torch.from_numpy((of_modules >> np.uint64(32)).astype(np.uint32).view(np.int32)).to(device)
+    def enter(self, adapters: Sequence[RowsOfAdapter]) -> None:
+        """Sets the rows of each adapter, in the order of the batch."""
+        told = list(zip(self._chances, adapters, strict=True))
+        if all((chances, tuple(own.rows), own.step) == (told[0][0], tuple(told[0][1].rows), told[0][1].step) for chances, own in told):
+            told = told[:1]  # equal masks for all
+        of_rows = [
+            combine(key_from("dropout", chances.seed, own.step), np.asarray(own.rows, dtype=np.uint64)) for chances, own in told if own.rows
+        ]
+        keys = combine(self._layers[:, None], np.concatenate(of_rows)[None, :])
+        probabilities = np.repeat([chances.probability for chances, _ in told], [len(own.rows) for _, own in told])
+        thresholds = np.minimum(np.rint(probabilities * 2**32), 2**32 - 1).astype(np.int64) - 2**31
+        self._keys = torch.from_numpy((keys >> np.uint64(32)).astype(np.uint32).view(np.int32)).to(self._device)
+        self._thresholds = torch.from_numpy(thresholds.astype(np.int32)).to(self._device)
+        self._scale = torch.from_numpy(1 / (1 - probabilities)).to(self._device)[:, None, None]
 
-    def keys(self, place: int) -> Tensor:
-        """One 32-bit key per sequence of the micro-batch for one module, (B,) int32."""
+    def masks(self, layer: int, positions: int, channels: int, dtype: torch.dtype) -> Masks:
+        """For one layer and rows of `positions` tokens and `channels` values each."""
         if self._keys is None:
-            raise RuntimeError("dropout masks asked for before DropoutContext.enter")
-        return self._keys[place]
+            raise RuntimeError("dropout masks asked for before KeyedDropout.enter")
+        return Masks(keep_mask(self._keys[layer], positions, channels, self._thresholds), self._scale.to(dtype))
 
 
-def keep_mask(keys: Tensor, positions: int, channels: int, probability: float) -> Tensor:
-    """Which values are kept, (B, positions, channels) bool: each dropped with `probability`, counted from the row's start."""
+def keep_mask(keys: Tensor, positions: int, channels: int, thresholds: Tensor) -> Tensor:
+    """Which values are kept, (B, positions, channels) bool, counted from the row's start.
+
+    keys: (B,) int32, one per row. thresholds: (B,) int32, of 2**32 equally likely values those below which a value is dropped.
+    """
     counter = torch.arange(positions * channels, dtype=torch.int32, device=keys.device).mul_(_SPREAD)
     mixed = counter.unsqueeze(0) + keys.unsqueeze(1)
     shifted = torch.empty_like(mixed)
@@ -60,37 +95,4 @@ def keep_mask(keys: Tensor, positions: int, channels: int, probability: float) -
         # torch shifts signed integers arithmetically; the mask takes the copies of the sign away again
         torch.bitwise_right_shift(mixed, shift, out=shifted)
         mixed.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor)
-    threshold = min(round(probability * 2**32), 2**32 - 1) - 2**31
-    return (mixed >= threshold).view(-1, positions, channels)
-
-
-class _Dropped(torch.autograd.Function):
-    """Scaled masking that keeps only the bool mask for the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, keep: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(keep)
-        ctx.scale = scale
-        return (values * keep).mul_(scale)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (keep,) = ctx.saved_tensors
-        return (gradients[0] * keep).mul_(ctx.scale), None, None
-
-
-class KeyedDropout(nn.Module):
-    """Takes the place of nn.Dropout in one LoRA layer; input (B, positions, channels)."""
-
-    def __init__(self, probability: float, name: str, context: DropoutContext):
-        super().__init__()
-        self.p = probability
-        self._context = context
-        self._place = context.register(name)
-
-    def forward(self, values: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return values
-        _, positions, channels = values.shape
-        keep = keep_mask(self._context.keys(self._place), positions, channels, self.p)
-        return _Dropped.apply(values, keep, 1 / (1 - self.p))
+    return (mixed >= thresholds.unsqueeze(1)).view(-1, positions, channels)

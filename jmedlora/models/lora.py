@@ -1,24 +1,25 @@
-"""LoRA layers on a frozen base model: which layers, how they start, how they drop."""
+"""Adapters on a frozen base model: which layers they change, how they start, and a pack of them put into the model."""
 
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft import LoraConfig
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.parts import Family
 from jmedlora.config.run import RunSettings
 from jmedlora.data.mixing import key_from
-from jmedlora.models.dropout import DropoutContext, KeyedDropout
+from jmedlora.models.dropout import Chances, KeyedDropout, RowsOfAdapter
+from jmedlora.models.packed import Batch, PackedLinear
 
-ADAPTER = "default"
+_PREFIX = "base_model.model."
+"""What PEFT's files put before the names of a model's modules."""
 
 
 class _Layers(NamedTuple):
@@ -55,38 +56,129 @@ def target_modules(model: PreTrainedModel, settings: RunSettings, family: Family
     return sorted(wanted)
 
 
-def attach_lora(model: PreTrainedModel, settings: RunSettings, family: Family, device: torch.device, context: DropoutContext) -> PeftModel:
-    """Puts a fresh adapter into `model` (changed in place) and returns the wrapper; only LoRA weights are trainable.
+class Shape(NamedTuple):
+    """What the products of an adapter depend on."""
 
-    A starts from the run's seed and the layer's name alone, B from zero; both in fp32 on `device`.
-    Dropout takes its masks from `context`. `PeftModel.unload` takes the layers out again.
+    rank: int
+    alpha: float
+    chances: Chances
+
+    @classmethod
+    def of(cls, settings: RunSettings) -> Shape:
+        return cls(settings.rank, settings.alpha_value, Chances(settings.seed, settings.dropout))
+
+
+class AdapterPack:
+    """N adapters put into a base model, which is changed in place until `detach`; only their weights are trainable.
+
+    `enter` says before each forward which rows belong to which adapter. Weights are named as PEFT's files name them, and given
+    and taken at an adapter's own rank.
     """
-    config = LoraConfig(
+
+    def __init__(
+        self, model: PreTrainedModel, targets: Sequence[str], shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype | None = None
+    ):
+        """targets: names of linear layers, whole or their last parts. Weights are zero, on `device`, in fp32 or more unless `dtype` says else."""
+        dtype = dtype or torch.promote_types(model.dtype, torch.float32)
+        self.model = model
+        self.shapes = list(shapes)
+        self.rank = max(shape.rank for shape in shapes)
+        """The widest one's: of all parameters as long as they are here."""
+        names = [name for name, module in model.named_modules() if _is_target(name, module, targets)]
+        scaling = torch.tensor([shape.alpha / shape.rank for shape in shapes], dtype=torch.float64)[:, None, None]
+        self._batch = Batch(scaling.to(device, torch.float32 if dtype != torch.float64 else dtype))
+        if any(shape.chances.probability for shape in shapes):
+            self._batch.dropout = KeyedDropout([shape.chances for shape in shapes], [_PREFIX + name for name in names], device)
+        self._layers: dict[str, PackedLinear] = {}
+        for place, name in enumerate(names):
+            layer = PackedLinear(model.get_submodule(name), place, len(shapes), self.rank, self._batch, device, dtype)  # type: ignore[arg-type]
+            _put(model, name, layer)
+            self._layers[_PREFIX + name] = layer
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def enter(self, adapters: Sequence[RowsOfAdapter]) -> None:
+        """Sets the rows of each adapter, in the order of the batch; holds until the next call."""
+        self._batch.enter(adapters)
+
+    def mute(self, adapters: list[int]) -> None:
+        """The gradients of these are zero in the next backward, even where what they are made of is not finite."""
+        self._batch.muted = adapters
+
+    def parameters_of(self, adapter: int) -> dict[str, nn.Parameter]:
+        """The weights of one adapter as they stand in the model, at the pack's rank, by name."""
+        found = {}
+        for name, layer in self._layers.items():
+            found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = layer.adapter(adapter)
+        return found
+
+    @torch.no_grad()
+    def fill(self, adapter: int, weights: Mapping[str, Tensor]) -> None:
+        """Sets an adapter's weights, at its own rank. Raises KeyError where the names are not its own, ValueError where a shape is not."""
+        parameters = self.parameters_of(adapter)
+        if weights.keys() != parameters.keys():
+            raise KeyError(", ".join(sorted(weights.keys() ^ parameters.keys())[:3]))
+        for name, parameter in parameters.items():
+            parameter.copy_(self.padded(name, weights[name]))
+
+    def start(self, adapter: int, seed: int) -> None:
+        """Sets an adapter's weights to those of a fresh one: A from the seed and the layer's name alone, B zero."""
+        parameters = self.parameters_of(adapter)
+        rank = self.shapes[adapter].rank
+        for name, layer in self._layers.items():
+            first = f"{name}.lora_A.weight"
+            fresh = initial(name, rank, layer.base_layer.in_features, seed)
+            parameters[first].data.copy_(self.padded(first, fresh))
+            parameters[f"{name}.lora_B.weight"].data.zero_()
+
+    def padded(self, name: str, weight: Tensor) -> Tensor:
+        """A weight, or anything of its shape, at the pack's rank."""
+        missing = self.rank - weight.shape[_rank_axis(name)]
+        return nn.functional.pad(weight, (0, 0, 0, missing) if _rank_axis(name) == 0 else (0, missing))
+
+    def cut(self, adapter: int, name: str, weight: Tensor) -> Tensor:
+        """The inverse: at the adapter's own rank."""
+        return weight.narrow(_rank_axis(name), 0, self.shapes[adapter].rank)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Turns the weights into another number format, before an optimizer knows them."""
+        for layer in self._layers.values():
+            layer.cast(dtype)
+
+    def detach(self) -> None:
+        """Takes the adapters out of the model again."""
+        for name, layer in self._layers.items():
+            _put(self.model, name.removeprefix(_PREFIX), layer.base_layer)
+
+
+def lora_config(settings: RunSettings, targets: Sequence[str]) -> LoraConfig:
+    """An adapter's settings as PEFT's files tell them."""
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
         lora_alpha=int(settings.alpha_value) if settings.alpha_value.is_integer() else settings.alpha_value,
         lora_dropout=settings.dropout,
-        target_modules=target_modules(model, settings, family),
+        target_modules=list(targets),
         bias="none",
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT and transformers among themselves
-        adapted = get_peft_model(model, config)
-    for name, layer in adapted.named_modules():
-        if isinstance(layer, LoraLayer):
-            layer.lora_A.to(device=device, dtype=torch.float32)
-            layer.lora_B.to(device=device, dtype=torch.float32)
-            _initialise(layer, name, settings.seed)
-            if settings.dropout > 0:
-                layer.lora_dropout[ADAPTER] = KeyedDropout(settings.dropout, name, context)
-    return adapted
 
 
-@torch.no_grad()
-def _initialise(layer: LoraLayer, name: str, seed: int) -> None:
-    """A as `kaiming_uniform_` with a=sqrt(5) draws it, from a generator of the layer's own; B zero."""
-    first, second = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+def initial(name: str, rank: int, width: int, seed: int) -> Tensor:
+    """A layer's A, (rank, width) fp32, as `kaiming_uniform_` with a=sqrt(5) draws it, from a generator of the layer's own."""
     generator = torch.Generator().manual_seed(int(key_from("lora", seed, name)[0] >> 1))
-    bound = 1 / math.sqrt(layer.in_features)
-    first.copy_(torch.empty(first.shape).uniform_(-bound, bound, generator=generator))
-    second.zero_()
+    bound = 1 / math.sqrt(width)
+    return torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
+
+
+def _is_target(name: str, module: nn.Module, targets: Sequence[str]) -> bool:
+    return isinstance(module, nn.Linear) and any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _rank_axis(name: str) -> int:
+    return 0 if name.endswith(".lora_A.weight") else 1

@@ -86,6 +86,10 @@ class TrialSpec(Part):
     workers: int
     cpus_per_worker: int
     gpus_per_worker: int
+    pack: int = 1
+    """Adapters that are trained at once, at most; the others wait for their place."""
+    share_prefixes: bool = False
+    """Whether runs of one trajectory are trained once."""
 
 
 class KeepRule(Part):
@@ -124,6 +128,8 @@ class Plan(Part):
     default_prompt: str
     """Prompt whose metrics are named without the prompt in MLflow."""
     keep: KeepRule = KeepRule()
+    pack: Literal["auto"] | int = "auto"
+    """Adapters that are evaluated over one base model at once, at most."""
     missing: list[str] = []
     """Sources that are not here yet, a line each."""
     notes: list[str] = []

@@ -58,23 +58,60 @@ class MiniBatches:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that one worker takes at once; weight 0 where a row only fills a worker's place."""
+    """What one worker takes through the model at once: the rows of each adapter.
 
-    rows: list[int]
-    weight: float = 1.0
-
-
-def divide(rows: Sequence[int], lengths: Sequence[int] | np.ndarray, workers: int, micro_batch_size: int | None) -> list[list[MicroBatch]]:
-    """The micro-batches of a mini-batch, per worker: the same number for each, of at most `micro_batch_size` rows.
-
-    lengths: tokens of every row of the data set. Rows of similar length come together, and long ones first, so that
-    little is padded, the workers wait little for each other, and memory is short at the start or never.
+    With `is_filler` they are there for the other workers' sake alone, which wait for this one, and count nothing.
     """
-    size = micro_batch_size or -(-len(rows) // workers)
-    rounds = -(-len(rows) // (workers * size))
-    places = rounds * workers
-    by_length = sorted(rows, key=lambda row: (-int(lengths[row]), row))
-    bounds = [len(by_length) * place // places for place in range(places + 1)]
-    pieces = [by_length[start:end] for start, end in pairwise(bounds)]
-    micro_batches = [MicroBatch(piece) if piece else MicroBatch([by_length[-1]], 0.0) for piece in pieces]
-    return [micro_batches[worker::workers] for worker in range(workers)]
+
+    rows: list[list[int]]
+    is_filler: bool = False
+
+
+SPLIT_WORTH_TOKENS = 256
+"""Padded tokens that a further micro-batch has to save: about what its own overhead costs."""
+
+
+def divide(
+    rows: Sequence[Sequence[int]], lengths: Sequence[Sequence[int] | np.ndarray], workers: int, micro_batch_size: int | None
+) -> list[list[MicroBatch]]:
+    """The micro-batches of the adapters' mini-batches, per worker: the same number for each.
+
+    rows: of each adapter, its mini-batch. lengths: of each adapter, tokens of every row of its data set. A worker takes at most
+    `micro_batch_size` rows of each adapter at once. Rows of similar length come together, and long ones first, so that little is
+    padded, the workers wait little for each other, and memory is short at the start or never.
+    """
+    by_length = [sorted(own, key=lambda row, known=known: (-int(known[row]), row)) for own, known in zip(rows, lengths, strict=True)]  # type: ignore[misc]
+    count = max(map(len, by_length))
+    # the longest row of every adapter, the second longest of every adapter, and so on: adapters have equal numbers of rows in a micro-batch
+    ranks = [max(int(known[own[at]]) for own, known in zip(by_length, lengths, strict=True) if at < len(own)) for at in range(count)]
+    micro_batches: list[list[MicroBatch]] = [[] for _ in range(workers)]
+    for start, end in _rounds(np.asarray(ranks), len(rows), workers * (micro_batch_size or count)):
+        for worker in range(workers):
+            first, last = (start + (end - start) * place // workers for place in (worker, worker + 1))
+            taken = [own[first:last] for own in by_length]
+            is_filler = not any(taken)
+            micro_batches[worker].append(MicroBatch(_shortest(by_length) if is_filler else taken, is_filler))
+    return micro_batches
+
+
+def _rounds(lengths: np.ndarray, adapters: int, most: int) -> list[tuple[int, int]]:
+    """Stretches of `lengths` (descending), each of at most `most`, cut where that saves padding worth a micro-batch."""
+    pieces = -(-len(lengths) // most)
+    bounds = [len(lengths) * piece // pieces for piece in range(pieces + 1)]
+    rounds = []
+    waiting = [(start, end) for start, end in pairwise(bounds)][::-1]
+    while waiting:
+        start, end = waiting.pop()
+        saved = (lengths[start] - lengths[start:end]) * np.arange(end - start, 0, -1) * adapters
+        cut = int(saved.argmax())
+        if saved[cut] >= SPLIT_WORTH_TOKENS:
+            waiting += [(start + cut, end), (start, start + cut)]
+        else:
+            rounds.append((start, end))
+    return rounds
+
+
+def _shortest(by_length: list[list[int]]) -> list[list[int]]:
+    """One row, of one adapter."""
+    owner = next(place for place, own in enumerate(by_length) if own)
+    return [own[-1:] if place == owner else [] for place, own in enumerate(by_length)]

@@ -1,22 +1,23 @@
-"""One run on a DeepSpeed engine, at any ZeRO stage."""
+"""The adapters of a pack on a DeepSpeed engine, at any ZeRO stage."""
 
 from __future__ import annotations
 
 import logging
+import math
 import warnings
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import deepspeed
 import deepspeed.ops
 import torch
-import torch.distributed as dist
-from peft import PeftModel
 from torch import Tensor
 
 from jmedlora.config.run import RunSettings
+from jmedlora.models.lora import AdapterPack
 from jmedlora.training.loss import AnswerLoss, Collated
 from jmedlora.training.optimizer import GroupClippingAdamW
-from jmedlora.training.optimizer_state import WEIGHT, gather_state, scatter_state
+from jmedlora.training.optimizer_state import WEIGHT, OptimizerState, Start
 from jmedlora.training.process import Worker
 
 PERSISTENT_ELEMENTS = 100_000
@@ -29,118 +30,115 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
-class NotFinite(Exception):
-    """Loss or gradient of a step is infinite or not a number; the weights are those before the step."""
+class StepDropped(Exception):
+    """DeepSpeed has dropped a step of all adapters, because one gradient is not finite; the weights are those before the step."""
 
 
-class RunEngine:
-    """Forward, backward, step and the adapter's weights of one run. Every worker of the trial calls every method alike."""
+class PackEngine:
+    """Forward, backward, step and weights of the adapters of a pack. Every worker of the trial calls every method alike."""
 
     def __init__(
         self,
-        adapted: PeftModel,
-        settings: RunSettings,
+        pack: AdapterPack,
+        settings: Sequence[RunSettings],
         stage: int,
         compute_precision: str,
         worker: Worker,
-        steps: int = 0,
-        state: dict[str, Tensor] | None = None,
+        starts: Sequence[Start] = (),
     ):
-        """adapted: base with a fresh adapter, on the worker's device, or on the CPU for ZeRO-3 (which moves it in pieces).
+        """pack: on the worker's device, in a base that is there too, or on the CPU for ZeRO-3 (which moves it in pieces).
 
-        state: what `state_tensors` gave after `steps` steps, to go on from there.
+        settings: of each adapter. starts: of each adapter, where it goes on from; left out: all are fresh.
         """
         self._worker = worker
-        self._adapted = adapted
+        self._pack = pack
         _avoid_compiling()
-        self._checkpointing = settings.gradient_checkpointing
+        self._checkpointing = settings[0].gradient_checkpointing
         if self._checkpointing:
-            adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
-        for name, parameter in _trainable(adapted).items() if state else ():
-            parameter.data.copy_(state[f"{WEIGHT}/{name}"])  # type: ignore[index]
+            pack.model.activation_checkpointing_enable({"use_reentrant": False})
+        starts = starts or [Start()] * len(pack)
+        for adapter, start in enumerate(starts):
+            if start.state is None:
+                pack.start(adapter, settings[adapter].seed)
+            else:
+                pack.fill(adapter, {name: start.state[f"{WEIGHT}/{name}"] for name in pack.parameters_of(adapter)})
+        parameters = [pack.parameters_of(adapter) for adapter in range(len(pack))]
         if compute_precision == "bf16":
-            for parameter in _trainable(adapted).values():
-                parameter.data = parameter.data.to(torch.bfloat16)
-        module = AnswerLoss(adapted)
+            pack.cast(torch.bfloat16)
+        module = AnswerLoss(pack.model, len(pack))
         module.train()
         self._linear = torch.nn.functional.linear
-        config = _engine_config(stage, compute_precision, sum(weight.numel() for weight in _trainable(adapted).values()))
+        config = _engine_config(stage, compute_precision, sum(weight.numel() for own in parameters for weight in own.values()))
         if stage == 3:
             # Piece by piece: DeepSpeed's own way would first put the whole model on every GPU.
             for buffer in module.buffers():
                 buffer.data = buffer.data.to(worker.device)
             deepspeed.zero.Init(module=module, config_dict_or_path=config)
-        group = {
-            "params": list(_trainable(adapted).values()),
-            "lr": settings.learning_rate,
-            "weight_decay": settings.weight_decay,
-            "max_grad_norm": settings.max_grad_norm,
-        }
-        self._optimizer = GroupClippingAdamW([group], sharded=stage > 0)
+        groups = [
+            {"params": list(own.values()), "lr": each.learning_rate, "weight_decay": each.weight_decay, "max_grad_norm": each.max_grad_norm}
+            for own, each in zip(parameters, settings, strict=True)
+        ]
+        self._optimizer = GroupClippingAdamW(groups, sharded=stage > 0)
         engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
         if not isinstance(engine, deepspeed.DeepSpeedEngine) or engine.zero_optimization_stage() != stage:
             raise RuntimeError(f"asked for a DeepSpeed engine at ZeRO stage {stage}, got {type(engine).__name__}")
         self._optimizer.arm()
-        if state:
-            scatter_state(engine, self._optimizer, _trainable(adapted), stage, state, steps)
         self.engine = engine
         self._stage = stage
+        self._states = OptimizerState(engine, self._optimizer, pack, stage)
+        self._states.scatter(starts)
 
-    @property
-    def device(self) -> torch.device:
-        return self._worker.device
+    def backward(self, batch: Collated, labelled: Sequence[int], last: bool) -> Tensor:
+        """Adds the gradients of a micro-batch; returns the adapters' summed losses, detached.
 
-    def backward(self, batch: Collated, weight: float, labelled: int, last: bool) -> Tensor:
-        """Adds the gradient of a micro-batch; returns its summed loss, detached.
-
-        labelled: labelled tokens of the whole mini-batch, over all workers. last: the last micro-batch before `step`.
+        labelled: of each adapter, labelled tokens of its whole mini-batch, over all workers. last: the last micro-batch before `step`.
+        An adapter whose loss is not finite gets no gradient, and the others theirs, as if it were not there.
         """
         self.engine.set_gradient_accumulation_boundary(last)
-        loss = self.engine(batch.input_ids, batch.positions, batch.targets) * weight
+        losses = self.engine(*batch)
+        broken: list[int] = []
+        if len(self._pack) > 1 and not bool(torch.isfinite(losses.detach()).all()):
+            broken = [adapter for adapter, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
+        self._pack.mute(broken)
         # DeepSpeed averages over the workers; the loss is a sum over them.
-        self.engine.backward(loss * (self._worker.workers / labelled), scale_wrt_gas=False)
-        return loss.detach()
+        shares = [0.0 if adapter in broken else self._worker.workers / count for adapter, count in enumerate(labelled)]
+        counted = losses if not broken else torch.where(torch.isfinite(losses), losses, torch.zeros_like(losses))
+        self.engine.backward((counted * counted.new_tensor(shares)).sum(), scale_wrt_gas=False)
+        return losses.detach()
 
-    def step(self, learning_rate: float) -> float:
-        """One optimizer step; returns the gradient's norm before clipping. Raises NotFinite when there is none."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+    def step(self, learning_rates: Sequence[float], skipped: Collection[int] = ()) -> list[float]:
+        """One optimizer step of every adapter but the skipped ones; returns the gradients' norms before clipping, NaN where there is none.
+
+        An adapter whose norm is not finite stays as it was. Raises StepDropped where DeepSpeed did so with all of them.
+        """
+        for adapter, group in enumerate(self._optimizer.param_groups):
+            group["lr"] = learning_rates[adapter]
             group["grad_norm"] = float("nan")
+            group["is_skipped"] = adapter in skipped
         self.engine.step()
-        norm = self._optimizer.param_groups[0]["grad_norm"]
-        if norm != norm or norm == float("inf") or not self.engine.was_step_applied():
-            raise NotFinite("gradient is not finite")
-        return norm
+        norms = [float(group["grad_norm"]) for group in self._optimizer.param_groups]
+        if not self.engine.was_step_applied():
+            if len(self._pack) > 1:
+                raise StepDropped("a gradient is not finite")
+            return [float("nan")]
+        return norms
 
-    def adapter_tensors(self) -> dict[str, Tensor]:
-        """The adapter's weights, whole and on the CPU, by their names in the PeftModel."""
-        parameters = _trainable(self._adapted)
+    def adapter_tensors(self, adapter: int) -> dict[str, Tensor]:
+        """An adapter's weights, whole, at its own rank and on the CPU, by their names in PEFT's files."""
+        parameters = self._pack.parameters_of(adapter)
         with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=self._stage == 3):
-            return {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+            return {name: self._pack.cut(adapter, name, each.detach()).to("cpu", copy=True) for name, each in parameters.items()}
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Weights in fp32 and moments, whole and on the CPU, as `restore` takes them; after the first step."""
-        return gather_state(self.engine, self._optimizer, _trainable(self._adapted), self._stage)
+    def state_tensors(self, adapter: int) -> dict[str, Tensor]:
+        """Weights in fp32 and moments, whole, at the adapter's own rank and on the CPU, as `Start` takes them; after its first step."""
+        return self._states.gather(adapter)
 
     def close(self) -> None:
         """Takes DeepSpeed's hooks off the model. The engine cannot be used afterwards."""
         if self._checkpointing:
-            self._adapted.get_base_model().activation_checkpointing_disable()
+            self._pack.model.activation_checkpointing_disable()
         self.engine.destroy()
         torch.nn.functional.linear = self._linear  # ZeRO-3 puts its own in place, for the rest of the process
-
-
-def sums_over_workers(values: list[Tensor]) -> list[float]:
-    """The sums of scalars over all workers, on the first one's device."""
-    device = values[0].device
-    precise = torch.float64 if device.type == "cpu" else torch.float32
-    totals = torch.stack([value.detach().to(device, precise) for value in values])
-    dist.all_reduce(totals)
-    return totals.tolist()
-
-
-def _trainable(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
 
 
 def _avoid_compiling() -> None:

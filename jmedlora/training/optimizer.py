@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,11 +15,11 @@ class GroupClippingAdamW(torch.optim.AdamW):
     """One group per adapter, each with its own `max_grad_norm` (None: not clipped); the norm before clipping stays in `grad_norm`.
 
     With `sharded`, each worker holds its part of every group's gradients (ZeRO 1 to 3), and norms are summed over the workers.
-    A group whose norm is not finite is left as it is.
+    A group that `is_skipped`, or whose norm is not finite, is left as it is.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], sharded: bool):
-        super().__init__([{"max_grad_norm": None, "grad_norm": 0.0, **group} for group in groups])
+        super().__init__([{"max_grad_norm": None, "grad_norm": 0.0, "is_skipped": False, **group} for group in groups])
         self._sharded = sharded
         self._armed = False
 
@@ -39,14 +40,19 @@ class GroupClippingAdamW(torch.optim.AdamW):
         super().step(closure)
 
     def _clip(self, group: dict[str, Any], gradients: list[Tensor]) -> None:
-        squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
+        squares = torch.stack([_precise(gradient).square().sum() for gradient in gradients]).sum()
         if self._sharded:
             dist.all_reduce(squares)
         norm = group["grad_norm"] = squares.sqrt().item()
-        if norm != norm or norm == float("inf"):
+        if group["is_skipped"] or not math.isfinite(norm):
             for parameter in group["params"]:
                 parameter.grad = None
         elif group["max_grad_norm"] is not None:
             share = min(1.0, group["max_grad_norm"] / (norm + 1e-6))
             if share < 1.0:
                 torch._foreach_mul_(gradients, share)
+
+
+def _precise(values: Tensor) -> Tensor:
+    """In fp32 or more."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,8 +1,9 @@
-"""A run's weights in fp32 and its Adam moments, whole, whatever DeepSpeed has made of them: sharded, flattened or kept apart."""
+"""Adapters' weights in fp32 and Adam moments, whole, whatever DeepSpeed has made of them: sharded, flattened or kept apart."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -17,57 +18,89 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
+from jmedlora.models.lora import AdapterPack
+
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Named = dict[str, torch.nn.Parameter]
 
 
-def gather_state(engine: deepspeed.DeepSpeedEngine, client: torch.optim.Optimizer, parameters: Named, stage: int) -> dict[str, Tensor]:
-    """`weight/<name>`, `exp_avg/<name>` and `exp_avg_sq/<name>` in fp32 on the CPU; every worker calls it, after the first step."""
-    masters = _masters(engine, parameters)
-    found: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        for key in (WEIGHT, *MOMENTS):
-            if stage == 0:
-                tensor = masters[name] if key == WEIGHT else client.state[masters[name]][key]
-            else:
-                tensor = safe_get_full_fp32_param(parameter) if key == WEIGHT else safe_get_full_optimizer_state(parameter, key)
-            found[f"{key}/{name}"] = tensor.detach().float().to("cpu", copy=True).reshape(_shape(parameter))
-    return found
+class Start(NamedTuple):
+    """Where an adapter goes on from: the steps that are done, and what `OptimizerState.gather` gave after them; None: a fresh one."""
+
+    steps: int = 0
+    state: dict[str, Tensor] | None = None
 
 
-def scatter_state(
-    engine: deepspeed.DeepSpeedEngine, client: torch.optim.Optimizer, parameters: Named, stage: int, state: dict[str, Tensor], steps: int
-) -> None:
-    """Puts what `gather_state` gave into a new engine after `steps` optimizer steps; its low-precision weights are there already."""
-    flats = engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else [p for group in client.param_groups for p in group["params"]]
-    for flat in flats:  # as the optimizer itself would at its first step
-        client.state[flat] = {"step": torch.tensor(float(steps)), **{key: torch.zeros_like(flat) for key in MOMENTS}}
-    if stage in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
-    masters = _masters(engine, parameters)
-    for name, parameter in parameters.items():
-        for key in (WEIGHT, *MOMENTS):
-            value = state[f"{key}/{name}"]
-            if stage == 0:
-                target = masters[name] if key == WEIGHT else client.state[masters[name]][key]
-                target.data.copy_(value)
-            elif stage == 3:
-                _set_partition(parameter, value, key)
-            elif key == WEIGHT:
-                safe_set_full_fp32_param(parameter, value.to(parameter.device))
-            else:
-                safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+class OptimizerState:
+    """Gives and takes `weight/<name>`, `exp_avg/<name>` and `exp_avg_sq/<name>` of the adapters of a pack; every worker calls it.
 
+    In fp32, on the CPU and at an adapter's own rank; names are those of PEFT's files.
+    """
 
-def _masters(engine: deepspeed.DeepSpeedEngine, parameters: Named) -> dict[str, Tensor]:
-    """Without sharding: the fp32 tensor behind each parameter, which is the parameter itself unless it is in bf16."""
-    wrapper: Any = engine.optimizer
-    if not hasattr(wrapper, "fp32_groups"):
-        return dict(parameters)
-    pairs = [pair for low, high in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True) for pair in zip(low, high, strict=True)]
-    by_low = {id(low): high for low, high in pairs}
-    return {name: by_low[id(parameter)] for name, parameter in parameters.items()}
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, client: torch.optim.Optimizer, pack: AdapterPack, stage: int):
+        self._engine, self._client, self._pack, self._stage = engine, client, pack, stage
+
+    def gather(self, adapter: int) -> dict[str, Tensor]:
+        """The state of one adapter, after its first step."""
+        masters = self._masters(adapter) if self._stage == 0 else {}
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._pack.parameters_of(adapter).items():
+            for key in (WEIGHT, *MOMENTS):
+                if self._stage == 0:
+                    tensor = masters[name] if key == WEIGHT else self._client.state[masters[name]][key]
+                else:
+                    tensor = safe_get_full_fp32_param(parameter) if key == WEIGHT else safe_get_full_optimizer_state(parameter, key)
+                whole = tensor.detach().reshape(_shape(parameter))
+                precise = whole if whole.dtype == torch.float64 else whole.float()
+                found[f"{key}/{name}"] = self._pack.cut(adapter, name, precise).to("cpu", copy=True).contiguous()
+        return found
+
+    def scatter(self, starts: Sequence[Start]) -> None:
+        """Puts states into a new engine, whose low-precision weights are there already; a fresh adapter gets moments of zero.
+
+        Also where all are fresh: DeepSpeed's ZeRO 1 and 2 take note of moments once, after the first adapter's first step.
+        """
+        for adapter, start in enumerate(starts):
+            for flat in self._flats(adapter):  # as the optimizer itself would at its first step
+                self._client.state[flat] = {"step": torch.tensor(float(start.steps)), **{key: torch.zeros_like(flat) for key in MOMENTS}}
+        if self._stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for adapter, start in enumerate(starts):
+            if start.state is None:
+                continue
+            masters = self._masters(adapter) if self._stage == 0 else {}
+            for name, parameter in self._pack.parameters_of(adapter).items():
+                for key in (WEIGHT, *MOMENTS):
+                    self._set(masters.get(name), parameter, self._pack.padded(name, start.state[f"{key}/{name}"]), key)
+
+    def _set(self, master: Tensor | None, parameter: torch.nn.Parameter, value: Tensor, key: str) -> None:
+        if self._stage == 0:
+            assert master is not None
+            target = master if key == WEIGHT else self._client.state[master][key]
+            target.data.copy_(value)
+        elif self._stage == 3:
+            _set_partition(parameter, value, key)
+        elif key == WEIGHT:
+            safe_set_full_fp32_param(parameter, value.to(parameter.device))
+        else:
+            safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+
+    def _flats(self, adapter: int) -> list[Tensor]:
+        """What the optimizer holds of an adapter: its parameters, or what DeepSpeed has made of them."""
+        wrapper: Any = self._engine.optimizer
+        if self._stage == 3:
+            owners = wrapper.sub_group_to_group_id
+            return [flat for place, flat in enumerate(wrapper.fp32_partitioned_groups_flat) if owners[place] == adapter]
+        return list(self._client.param_groups[adapter]["params"])
+
+    def _masters(self, adapter: int) -> dict[str, Tensor]:
+        """Without sharding: the fp32 tensor behind each parameter, which is the parameter itself unless it is in bf16."""
+        wrapper: Any = self._engine.optimizer
+        parameters = self._pack.parameters_of(adapter)
+        if not hasattr(wrapper, "fp32_groups"):
+            return dict(parameters)
+        by_low = {id(low): high for low, high in zip(wrapper.fp16_groups[adapter], wrapper.fp32_groups[adapter], strict=True)}
+        return {name: by_low[id(parameter)] for name, parameter in parameters.items()}
 
 
 def _set_partition(parameter: torch.nn.Parameter, value: Tensor, key: str) -> None:

@@ -149,6 +149,11 @@ def _remove_after(step: int, folder: RunFolder) -> None:
         folder.train_jsonl.unlink(missing_ok=True)
 
 
+def read_steps(folder: RunFolder) -> list[dict[str, Any]]:
+    """The records of a run's steps, as far as they are whole."""
+    return _lines(folder.train_jsonl)
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file; a last one that was being written when its writer was killed is left out."""
     if not path.is_file():

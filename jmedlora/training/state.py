@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +15,7 @@ from torch import Tensor
 
 from jmedlora.config import clock
 from jmedlora.data.atomic import appearing
-from jmedlora.plan.checksums import AdapterDamaged, verify_what_is_left
 from jmedlora.plan.layout import STATE_JSON, STATE_TENSORS, RunFolder
-
-log = logging.getLogger(__name__)
 
 KEPT_WHILE_TRAINING = 2
 """The newest state and the one before it, in case the newest turns out to be damaged."""
@@ -33,7 +29,7 @@ class SavedState:
     folder: Path
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and moments, as `RunEngine.state_tensors` gave them."""
+        """Weights and moments, as `PackEngine.state_tensors` gave them."""
         return load_file(self.folder / STATE_TENSORS)
 
 
@@ -54,19 +50,20 @@ def keep_newest(folder: RunFolder, count: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def newest_state(folder: RunFolder, checkpoint_steps: list[int], run_key: str) -> tuple[SavedState | None, list[str]]:
-    """The newest state that is whole and before which every checkpoint is whole too; and what was passed over, a line each.
-
-    Checkpoints cannot be made again from a later state: where one is damaged, training goes on from before it.
-    """
-    passed_over = []
+def states_of(folder: RunFolder, run_key: str) -> tuple[list[SavedState], list[str]]:
+    """The states of a run that are whole, newest first; and those that are not, a line each."""
+    whole, passed_over = [], []
     for step, path in sorted(folder.states().items(), reverse=True):
-        if problem := _problem(path, run_key) or _first_damaged(folder, [at for at in checkpoint_steps if at <= step]):
-            passed_over.append(f"{path.parent.name}/{path.name} is passed over: {problem}")
-            log.warning("%s: %s", run_key, passed_over[-1])
+        if problem := _problem(path, run_key):
+            passed_over.append(told_passed_over(path, problem))
         else:
-            return SavedState(step, path), passed_over
-    return None, passed_over
+            whole.append(SavedState(step, path))
+    return whole, passed_over
+
+
+def told_passed_over(state: Path, problem: str) -> str:
+    """The line for a state that cannot be gone on from."""
+    return f"{state.parent.name}/{state.name} is passed over: {problem}"
 
 
 def _problem(path: Path, run_key: str) -> str:
@@ -83,12 +80,3 @@ def _problem(path: Path, run_key: str) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{STATE_JSON} cannot be read: {error}"
     return "" if whole else f"{STATE_TENSORS} differs from its checksum"
-
-
-def _first_damaged(folder: RunFolder, steps: list[int]) -> str:
-    for step in steps:
-        try:
-            verify_what_is_left(folder.checkpoint(step))
-        except AdapterDamaged as damaged:
-            return f"the checkpoint of step {step} before it is not whole ({damaged})"
-    return ""

@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from jmedlora.evaluation.generation import decode_greedily, encode_prompts
+from jmedlora.evaluation.journal import AnswersSoFar
 from jmedlora.evaluation.likelihood import weigh_choices
+from jmedlora.evaluation.resident import Resident
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.source import materialise
 from jmedlora.plan.layout import ADAPTER_WEIGHTS, Storage
@@ -89,7 +91,7 @@ def score_all(family: str, device: str) -> dict[str, Any]:
     batched = decode_greedily(model, tokenizer, prompts, 24, 8, device).texts
     singly = [decode_greedily(model, tokenizer, encode_prompts(tokenizer, [one], 200), 24, 1, device).texts[0] for one in PROMPTS]
     choices = [[tokenizer(choice, add_special_tokens=False).input_ids for choice in CHOICES] for _ in PROMPTS]
-    weighed = weigh_choices(model, prompts, choices, 9, device)
+    weighed = weigh_choices(Resident(model, device), prompts, choices, 9, [AnswersSoFar(9)])[0]
     return {"batched": batched, "singly": singly, "likelihoods": [list(each.sums) for each in weighed]}
 
 

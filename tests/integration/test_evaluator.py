@@ -20,8 +20,10 @@ from jmedlora.config.faults import BadInput
 from jmedlora.config.parts import Family, ModelConfig, Precision
 from jmedlora.data.benchmarks import load_benchmark
 from jmedlora.data.prompts import render_prompt
-from jmedlora.evaluation.evaluator import AdapterDoesNotFit, AdapterHasNoEffect, Evaluator
+from jmedlora.evaluation.evaluator import Checkpoint, Evaluator
 from jmedlora.evaluation.metrics import first_line_is_complete, score_response
+from jmedlora.evaluation.opening import AdapterDoesNotFit
+from jmedlora.evaluation.resident import AdapterHasNoEffect
 from jmedlora.evaluation.results import SCORES
 from jmedlora.models.adapters import save_adapter
 from jmedlora.models.load import load_base, load_tokenizer
@@ -114,6 +116,12 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(input_ids=torch.arange(2, 42)[None]).logits
 
 
+def adapted_logits(case: Case, adapter: int = 0) -> torch.Tensor:
+    """Those of the resident adapter at this place, for the same row."""
+    case.evaluator._resident.enter([adapter])
+    return logits(case.evaluator._base)
+
+
 def greedy_texts(case: Case, model: nn.Module, spec: EvaluationSpec) -> list[str]:
     """Whole forward passes for each prompt alone, cut where generation stops."""
     tokenizer = load_tokenizer(materialise(case.model, case.sources, True))
@@ -160,7 +168,7 @@ def test_the_base_is_the_same_before_between_and_after_adapters(case: Case) -> N
     adapted = []
     for step in (100, 200, 100):
         case.evaluator.evaluate(RUN, step, spec, case.storage)
-        adapted.append((logits(base), case.texts(step, spec)))
+        adapted.append((adapted_logits(case), case.texts(step, spec)))
         assert not torch.equal(adapted[-1][0], fresh)
         case.evaluator.evaluate(BASE, 0, spec, case.storage)
         assert case.texts(0, spec, BASE) == first
@@ -179,19 +187,19 @@ def test_one_adapter_follows_another_without_the_base_between(case: Case) -> Non
     one, two = case.write_adapter(100, 6.0), case.write_adapter(200, 6.0, rank=2)
     case.evaluator.evaluate(RUN, 100, spec, case.storage)
     case.evaluator.evaluate(RUN, 200, spec, case.storage)
-    assert torch.equal(logits(case.evaluator._base), logits(PeftModel.from_pretrained(case.load_again(), two).eval()))
+    torch.testing.assert_close(adapted_logits(case), logits(PeftModel.from_pretrained(case.load_again(), two).eval()))
     case.evaluator.evaluate(RUN, 100, spec, case.storage)
-    assert torch.equal(logits(case.evaluator._base), logits(PeftModel.from_pretrained(case.load_again(), one).eval()))
+    torch.testing.assert_close(adapted_logits(case), logits(PeftModel.from_pretrained(case.load_again(), one).eval()))
 
 
 @one_family(("llama", "fp32"), ("gpt_neox", "nf4"))
 def test_evaluations_of_one_checkpoint_load_it_once(case: Case) -> None:
     case.write_adapter(100, 6.0)
     case.evaluator.evaluate(RUN, 100, evaluation(), case.storage)
-    adapted = case.evaluator._adapted
+    pack = case.evaluator._resident.pack
     case.evaluator.evaluate(RUN, 100, evaluation(1), case.storage)
-    assert adapted is not None
-    assert case.evaluator._adapted is adapted
+    assert pack is not None
+    assert case.evaluator._resident.pack is pack
     assert case.texts(100, evaluation()) != case.texts(100, evaluation(1))
 
 
@@ -295,6 +303,7 @@ def test_what_is_written(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         "new_tokens": metrics["new_tokens"],
         "truncated_prompts": sum(length > 236 for length in lengths),
         "batch_size": 4,
+        "pack": 1,
         "seconds": metrics["seconds"],
         "time": 1_700_000_000.5,
         "device": "cpu",

@@ -16,20 +16,20 @@ from jmedlora.config.locate import cache_dir
 from jmedlora.data.instructions import load_instructions
 from jmedlora.data.rows import Instruction
 from jmedlora.data.tokenisation import tokenise_rows
-from jmedlora.models.dropout import DropoutContext
+from jmedlora.models.dropout import RowsOfAdapter
 from jmedlora.models.load import load_base, load_tokenizer
-from jmedlora.models.lora import attach_lora
+from jmedlora.models.lora import AdapterPack, Shape, target_modules
 from jmedlora.models.source import materialise
 from jmedlora.plan.checksums import verify
 from jmedlora.plan.layout import ADAPTER_WEIGHTS, Storage
 from jmedlora.plan.records import read_run, read_training
 from jmedlora.plan.specs import RunSpec
-from jmedlora.training import run
 from jmedlora.training.batches import MiniBatches
-from jmedlora.training.engine import RunEngine
+from jmedlora.training.engine import PackEngine
 from jmedlora.training.loop import RunOutcome, train_trial
 from jmedlora.training.process import this_worker
 from jmedlora.training.schedule import factor
+from tests.plain_lora import PlainLora
 from tests.tiny import PROMPT, run_spec, trial_of, write_rows
 
 STAGES = (0, 1, 2, 3)
@@ -90,8 +90,8 @@ def plain_reference(spec: RunSpec) -> tuple[list[float], list[float], dict[str, 
     settings = spec.settings
     folder = materialise(spec.model, Path("unused"), True)
     tokenizer, model = load_tokenizer(folder), load_base(folder, spec.precision, "fp32", True, "cpu")
-    dropout = DropoutContext(settings.seed)
-    adapted = attach_lora(model, settings, spec.model.family, torch.device("cpu"), dropout).train()
+    plain = PlainLora(model, settings, spec.model.family)
+    adapted = plain.model.train()
     rows = tokenise_rows(
         load_instructions(spec.data, Path("unused")).rows, PROMPT, tokenizer, f"reference-{spec.run_key}",
         settings.max_input_tokens, settings.max_target_tokens, cache_dir(),
@@ -109,7 +109,7 @@ def plain_reference(spec: RunSpec) -> tuple[list[float], list[float], dict[str, 
             tokens, start = torch.tensor(rows[row]["input_ids"]), rows[row]["prompt_length"]
             ids[place, : len(tokens)] = tokens
             labels[place, start : len(tokens)] = tokens[start:]
-        dropout.enter(step, taken, torch.device("cpu"))
+        plain.enter(step, taken)
         loss = adapted(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), labels=labels, use_cache=False).loss
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm or float("inf")).item())
@@ -118,8 +118,7 @@ def plain_reference(spec: RunSpec) -> tuple[list[float], list[float], dict[str, 
             group["lr"] = settings.learning_rate * factor(step, settings, spec.total_steps)
         optimizer.step()
         optimizer.zero_grad()
-    weights = {name.replace(".default", ""): value.detach().clone() for name, value in adapted.named_parameters() if value.requires_grad}
-    return losses, norms, weights
+    return losses, norms, {name: value.detach().clone() for name, value in plain.weights().items()}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "nf4"])
@@ -160,8 +159,8 @@ def test_the_engine_is_deepspeeds_at_the_asked_stage(data_file: Path) -> None:
     for stage in STAGES:
         spec = run_spec(data_file, zero_stage=stage)
         model = load_base(materialise(spec.model, data_file, True), "fp32", "fp32", True, "cpu")
-        adapted = attach_lora(model, spec.settings, "llama", torch.device("cpu"), DropoutContext(0))
-        made = RunEngine(adapted, spec.settings, stage, "fp32", this_worker())
+        pack = AdapterPack(model, target_modules(model, spec.settings, "llama"), [Shape.of(spec.settings)], torch.device("cpu"))
+        made = PackEngine(pack, [spec.settings], stage, "fp32", this_worker())
         assert type(made.engine).__name__ == "DeepSpeedEngine"
         assert made.engine.zero_optimization_stage() == stage
         sharded = [name for name, weight in model.named_parameters() if hasattr(weight, "ds_id")]
@@ -212,14 +211,15 @@ def test_saved_adapter_gives_the_trained_models_logits(
     spec = run_spec(data_file, family, precision)
     ids = torch.arange(60, 72).view(1, -1)
     seen: list[Tensor] = []
-    inner = run._checkpoint
+    inner = PackEngine.adapter_tensors
 
-    def look(spec: RunSpec, step: int, folder: Any, adapted: PeftModel, *rest: Any) -> None:
+    def look(self: PackEngine, adapter: int) -> dict[str, Tensor]:
+        self._pack.enter([RowsOfAdapter(range(len(ids)))])
         with torch.inference_mode():
-            seen.append(adapted.eval()(input_ids=ids).logits)
-        inner(spec, step, folder, adapted, *rest)
+            seen.append(self._pack.model.eval()(input_ids=ids).logits)
+        return inner(self, adapter)
 
-    monkeypatch.setattr(run, "_checkpoint", look)
+    monkeypatch.setattr(PackEngine, "adapter_tensors", look)
     assert train(tmp_path, spec)[0].status == "finished"
     base = load_base(materialise(spec.model, tmp_path, True), precision, "fp32", True, "cpu")
     with torch.inference_mode():
@@ -248,12 +248,12 @@ def test_a_run_that_diverges_fails_alone(data_file: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_gradient_that_is_not_finite_is_told(stage: int, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = RunEngine.backward
+    inner = PackEngine.backward
 
-    def overflowing(self: RunEngine, batch: Any, weight: float, labelled: int, last: bool) -> Tensor:
-        return inner(self, batch, weight * float("inf") if last else weight, labelled, last).new_zeros(())
+    def overflowing(self: PackEngine, batch: Any, labelled: list[float], last: bool) -> Tensor:
+        return inner(self, batch, [1e-45] if last else labelled, last).new_zeros(1)
 
-    monkeypatch.setattr(RunEngine, "backward", overflowing)
+    monkeypatch.setattr(PackEngine, "backward", overflowing)
     outcomes = train(tmp_path, run_spec(data_file, zero_stage=stage, micro_batch_size=2))
     assert outcomes[0].error == "step 1: the gradient is not finite"
 

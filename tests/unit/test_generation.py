@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from jmedlora.config.faults import BadInput
 from jmedlora.config.parts import Family
-from jmedlora.evaluation.batching import answer_in_batches
+from jmedlora.evaluation.batching import Asked, answer_in_batches
 from jmedlora.evaluation.generation import Generation, decode_greedily, encode_prompts, max_prompt_tokens
 from jmedlora.evaluation.journal import AnswersSoFar
 from jmedlora.evaluation.metrics import first_line_is_complete
@@ -221,11 +221,11 @@ def test_what_is_answered_leaves_its_batch_and_moves_nothing_else() -> None:
     so_far = AnswersSoFar(3)
     so_far.add({1: "a", 3: "b", 4: "c"})
 
-    def answer(rows: list[int]) -> list[str]:
-        asked.append(rows)
-        return [f"{row}" for row in rows]
+    def answer(batch: list[Asked]) -> list[str]:
+        asked.append([each.prompt for each in batch])
+        return [f"{each.prompt}" for each in batch]
 
-    answer_in_batches(prompts, answer, so_far, 3, on_batch=told.append)
+    answer_in_batches(prompts, answer, [so_far], 3, on_batch=told.append)
     assert asked == [[2], [0, 5], [7, 6]], "batches are (1, 3, 2), (4, 0, 5), (7, 6)"
     assert told == [3, 4, 6, 8]
     assert so_far.answers == {0: "0", 1: "a", 2: "2", 3: "b", 4: "c", 5: "5", 6: "6", 7: "7"}
@@ -242,22 +242,22 @@ def test_what_is_answered_leaves_its_batch_and_moves_nothing_else() -> None:
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(width: int, batch_size: int, left: int, sizes: list[int]) -> None:
     tried: list[int] = []
 
-    def answer(rows: list[int]) -> list[int]:
-        tried.append(len(rows))
-        if len(rows) > 2:
+    def answer(batch: list[Asked]) -> list[int]:
+        tried.append(len(batch))
+        if len(batch) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return rows
+        return [each.prompt for each in batch]
 
     so_far = AnswersSoFar(batch_size)
-    answer_in_batches([[7]] * 11, answer, so_far, batch_size, width)
+    answer_in_batches([[7]] * 11, answer, [so_far], batch_size, width)
     assert tried == sizes
     assert so_far.batch_size == left
     assert so_far.answers == {row: row for row in range(11)}
 
 
 def test_a_single_prompt_that_does_not_fit_is_an_error() -> None:
-    def answer(rows: list[int]) -> list[int]:
+    def answer(batch: list[Asked]) -> list[int]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        answer_in_batches([[7]] * 4, answer, AnswersSoFar(4), 4)
+        answer_in_batches([[7]] * 4, answer, [AnswersSoFar(4)], 4)

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 from jmedlora.config.benchmark import MetricSettings
 from jmedlora.data.rows import Question
 from jmedlora.evaluation.generation import EncodedPrompts
+from jmedlora.evaluation.journal import AnswersSoFar
 from jmedlora.evaluation.likelihood import weigh_choices
+from jmedlora.evaluation.resident import Resident
 from jmedlora.evaluation.results import Likelihoods, score_likelihoods
 from jmedlora.models.random_models import build_model
 from tests.tiny import tiny_model
@@ -48,7 +50,8 @@ def one_by_one(model: PreTrainedModel, prompt: list[int], choice: list[int]) -> 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
 def test_batches_weigh_choices_as_one_by_one_does(model: PreTrainedModel, batch_size: int) -> None:
     done: list[int] = []
-    weighed = weigh_choices(model, EncodedPrompts(PROMPTS, 0), CHOICES, batch_size, "cpu", done.append)
+    prompts, so_far = EncodedPrompts(PROMPTS, 0), AnswersSoFar(batch_size)
+    [weighed] = weigh_choices(Resident(model, "cpu"), prompts, CHOICES, batch_size, [so_far], done.append)
     assert done[-1] == len(PROMPTS) and done == sorted(done)
     for prompt, choices, each in zip(PROMPTS, CHOICES, weighed, strict=True):
         assert each.tokens == tuple(map(len, choices))
@@ -57,7 +60,8 @@ def test_batches_weigh_choices_as_one_by_one_does(model: PreTrainedModel, batch_
 
 def test_prompts_without_anything_in_common(model: PreTrainedModel) -> None:
     prompts = [[1, 2, 3], [4, 5]]
-    weighed = weigh_choices(model, EncodedPrompts(prompts, 0), [[[7, 8], [9]], [[7, 8], [9]]], 10, "cpu")
+    choices = [[[7, 8], [9]], [[7, 8], [9]]]
+    [weighed] = weigh_choices(Resident(model, "cpu"), EncodedPrompts(prompts, 0), choices, 10, [AnswersSoFar(10)])
     for prompt, each in zip(prompts, weighed, strict=True):
         assert each.sums == pytest.approx([one_by_one(model, prompt, [7, 8]), one_by_one(model, prompt, [9])], abs=1e-4)
 
