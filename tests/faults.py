@@ -32,6 +32,7 @@ prompts: [alpaca-ja]
 training: {learning_rate: 3e-5, schedule: cosine, warmup_steps: 5, dropout: 0.1, batch_size: 4, max_input_tokens: 128}
 evaluate: {every: 100, scoring: [generate, loglikelihood], max_new_tokens: 256, batch_size: 2}
 resources: local
+pack: 1
 """
 """Two runs over one base, long enough in training and decoding that faults hit in the middle of either."""
 

@@ -19,6 +19,8 @@ def canonical_json(value: Any) -> str:
 
 
 def _whole_floats_as_integers(value: Any) -> Any:
+    if isinstance(value, str):  # most values are
+        return value
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, dict):

@@ -90,6 +90,7 @@ def render_messages(prompt: PromptConfig, row: Instruction, examples: Sequence[I
     return [*turns, {"role": "user", "content": render_prompt(prompt, row).rstrip()}]
 
 
+@lru_cache(maxsize=64)
 def prompt_digest(prompt: PromptConfig) -> str:
     """Identity of a prompt: all that changes what is asked or how the answer is read, not its name or note."""
     told = prompt.model_dump(mode="json", exclude={"name", "note"}, exclude_defaults=True)

@@ -16,7 +16,7 @@ from jmedlora.data.benchmarks import load_benchmark
 from jmedlora.data.prompts import render_messages, render_prompt
 from jmedlora.evaluation.answer_cache import Answer, AnswerCache
 from jmedlora.evaluation.endpoint import address_of, ask_endpoint
-from jmedlora.evaluation.results import Answers, asked_rows, write_results
+from jmedlora.evaluation.results import Answers, Checkpoint, asked_rows, write_results
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import EvaluationSpec
 
@@ -84,6 +84,12 @@ class ApiEvaluator:
         facts = {"adapter_digest": None, **self._facts(answers), "seconds": time.perf_counter() - started}
         texts = [answer.text for answer in answers]
         return write_results(storage, run_key, step, evaluation, questions, Answers(texts, []), facts)
+
+    def evaluate_together(
+        self, checkpoints: Sequence[Checkpoint], evaluation: EvaluationSpec, storage: Storage, pack: int
+    ) -> list[dict[str, Any]]:
+        """One after the other, since an address has no adapters of ours; raises as `evaluate` does."""
+        return [self.evaluate(*checkpoint, evaluation, storage) for checkpoint in checkpoints]
 
     def _check(self, evaluation: EvaluationSpec) -> None:
         where = f"model {self._name}"

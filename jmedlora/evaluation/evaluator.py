@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
@@ -26,7 +26,7 @@ from jmedlora.evaluation.generation import EncodedPrompts, decode_together, enco
 from jmedlora.evaluation.journal import Journal
 from jmedlora.evaluation.likelihood import weigh_choices
 from jmedlora.evaluation.resident import Resident
-from jmedlora.evaluation.results import Answers, asked_rows, write_results
+from jmedlora.evaluation.results import Answers, Checkpoint, Outcome, asked_rows, write_results
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.source import materialise
 from jmedlora.plan.identity import model_identity
@@ -34,13 +34,6 @@ from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import EvaluationSpec
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
-
-
-class Checkpoint(NamedTuple):
-    """The adapter of a run after so many steps; with step 0 the bare base model."""
-
-    run_key: str
-    step: int
 
 
 @dataclass(frozen=True)
@@ -56,10 +49,6 @@ class _Task:
     def digest(self) -> str:
         """SHA-256 in hex of all that the model is given."""
         return hashlib.sha256(json.dumps([self.prompts.token_ids, self.choices]).encode()).hexdigest()
-
-
-Outcome = dict[str, Any] | Exception
-"""The metrics of a checkpoint, or what is wrong with it."""
 
 
 class Evaluator:

@@ -13,7 +13,7 @@ from jmedlora.data.tokenisation import encode_prompt
 from jmedlora.evaluation.batching import Asked, answer_in_batches
 from jmedlora.evaluation.journal import AnswersSoFar
 from jmedlora.evaluation.metrics import answer_is_complete
-from jmedlora.evaluation.prefix import Prefix, lay_out, read_shared_prefix
+from jmedlora.evaluation.prefix import Prefix, read_prompts, read_shared_prefix
 from jmedlora.evaluation.resident import Resident
 
 # Finished rows are dropped from a batch once they are a quarter of it: dropping copies the cache, keeping computes them in vain.
@@ -137,19 +137,14 @@ def _decode_batch(
     resident: Resident, asked: list[Asked], token_ids: list[list[int]], prefix: Prefix, stop: _StopRule, max_new_tokens: int
 ) -> list[list[int]]:
     """New tokens of each prompt that is asked, a finishing end-of-sequence token among them."""
-    model, device = resident.model, resident.device
-    owners = [each.adapter for each in asked]
-    batch = lay_out([token_ids[each.prompt] for each in asked], owners, prefix, max_new_tokens, device)
-    tokens, mask, positions, cache = batch.tokens, batch.mask, batch.positions, batch.cache
+    read = read_prompts(resident, asked, token_ids, prefix, max_new_tokens)
+    logits, mask, positions, cache = read.logits, read.mask, read.positions, read.cache
     answers: list[list[int]] = [[] for _ in asked]
     rows = list(range(len(asked)))
     running = [True] * len(rows)
-    resident.enter(owners)
+    resident.enter([each.adapter for each in asked])
     for step in range(max_new_tokens):
-        output = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        chosen = output.logits[:, -1].argmax(-1)
+        chosen = logits.argmax(-1)
         for i, token in enumerate(chosen.tolist()):
             if running[i]:
                 answers[rows[i]].append(token)
@@ -158,11 +153,14 @@ def _decode_batch(
             break
         if sum(running) <= _KEPT_SHARE * len(running):
             kept = [i for i, still in enumerate(running) if still]
-            index = torch.tensor(kept, device=device)
+            index = torch.tensor(kept, device=resident.device)
             cache.batch_select_indices(index)
             chosen, mask, positions = chosen[index], mask[index], positions[index]
             rows, running = [rows[i] for i in kept], [True] * len(kept)
-            resident.enter([owners[row] for row in rows])
-        tokens, positions = chosen[:, None], positions[:, -1:] + 1
+            resident.enter([asked[row].adapter for row in rows])
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        output = resident.model(
+            input_ids=chosen[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        logits, positions = output.logits[:, -1], positions + 1
     return answers

@@ -10,7 +10,7 @@ import torch
 from jmedlora.evaluation.batching import Asked, answer_in_batches
 from jmedlora.evaluation.generation import EncodedPrompts
 from jmedlora.evaluation.journal import AnswersSoFar
-from jmedlora.evaluation.prefix import PromptBatch, lay_out, read_shared_prefix
+from jmedlora.evaluation.prefix import ReadPrompts, read_prompts, read_shared_prefix
 from jmedlora.evaluation.resident import Resident
 from jmedlora.evaluation.results import Likelihoods
 
@@ -38,9 +38,8 @@ def weigh_choices(
     prefix = read_shared_prefix(resident, token_ids)
 
     def weigh(asked: list[Asked]) -> list[dict[str, list[Any]]]:
-        owners = [each.adapter for each in asked]
-        batch = lay_out([token_ids[each.prompt] for each in asked], owners, prefix, longest, resident.device)
-        return _weigh_batch(resident, batch, [choices[each.prompt] for each in asked], owners)
+        read = read_prompts(resident, asked, token_ids, prefix, longest)
+        return _weigh_batch(resident, read, [choices[each.prompt] for each in asked], [each.adapter for each in asked])
 
     answer_in_batches(token_ids, weigh, so_far, batch_size, widest, on_batch)
     return [
@@ -50,40 +49,31 @@ def weigh_choices(
 
 
 def _weigh_batch(
-    resident: Resident, batch: PromptBatch, choices: Sequence[Sequence[list[int]]], adapters: Sequence[int]
+    resident: Resident, read: ReadPrompts, choices: Sequence[Sequence[list[int]]], adapters: Sequence[int]
 ) -> list[dict[str, list[Any]]]:
-    """One batch: the prompts once, then all their choices as rows behind them. adapters: of the prompts."""
-    resident.enter(adapters)
-    output = resident.model(
-        input_ids=batch.tokens,
-        attention_mask=batch.mask,
-        position_ids=batch.positions,
-        past_key_values=batch.cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    """The choices of a batch of prompts, as rows behind them. adapters: of the prompts."""
     owners = [row for row, own in enumerate(choices) for _ in own]
     continuations = [ids for own in choices for ids in own]
-    first = torch.log_softmax(output.logits[:, -1].float(), -1)
+    first = torch.log_softmax(read.logits.float(), -1)
     sums = [float(first[owner, ids[0]]) for owner, ids in zip(owners, continuations)]
     width = max(map(len, continuations)) - 1
     if width:
         resident.enter([adapters[owner] for owner in owners])
-        for index, value in enumerate(_weigh_rests(resident, batch, owners, continuations, width)):
+        for index, value in enumerate(_weigh_rests(resident, read, owners, continuations, width)):
             sums[index] += value
     values, lengths = iter(sums), iter(map(len, continuations))
     return [{"sums": [next(values) for _ in own], "tokens": [next(lengths) for _ in own]} for own in choices]
 
 
-def _weigh_rests(resident: Resident, batch: PromptBatch, owners: list[int], continuations: list[list[int]], width: int) -> list[float]:
+def _weigh_rests(resident: Resident, read: ReadPrompts, owners: list[int], continuations: list[list[int]], width: int) -> list[float]:
     """Sums over all tokens but the first; what is padded behind a continuation is computed and left out."""
     model, device = resident.model, resident.device
     index = torch.tensor(owners, device=device)
-    batch.cache.batch_select_indices(index)
+    read.cache.batch_select_indices(index)
     tokens = torch.tensor([[*ids[:-1], *[0] * (width - len(ids) + 1)] for ids in continuations], device=device)
-    mask = torch.cat([batch.mask[index], batch.mask.new_ones(len(owners), width)], dim=1)
-    positions = batch.positions[index, -1:] + 1 + torch.arange(width, device=device)
-    logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=batch.cache, use_cache=True).logits
+    mask = torch.cat([read.mask[index], read.mask.new_ones(len(owners), width)], dim=1)
+    positions = read.positions[index] + torch.arange(width, device=device)
+    logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=read.cache, use_cache=True).logits
     sums = []
     for row, ids in enumerate(continuations):  # row by row: the logarithms of a whole batch of logits would take its memory twice
         following = torch.tensor(ids[1:], device=device)

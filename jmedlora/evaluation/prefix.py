@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,11 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from jmedlora.evaluation.batching import unless_out_of_memory
+from jmedlora.evaluation.batching import Asked, unless_out_of_memory
 from jmedlora.evaluation.resident import Resident
+
+# More at once does not make a pass faster per token, but pushes what it works on out of the processor's cache.
+_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -24,15 +27,15 @@ class Prefix:
 
 
 @dataclass(frozen=True)
-class PromptBatch:
-    """Prompts laid out as prefix, padding, rest of the prompt; padding is masked and takes no position.
+class ReadPrompts:
+    """A batch of prompts that have been run through the model: prefix, padding, rest of each; padding is masked and takes no position."""
 
-    tokens, positions: (rows, width of the rests); mask: (rows, prefix + width); cache: the prefix, a row per prompt.
-    """
-
-    tokens: torch.Tensor
+    logits: torch.Tensor
+    """(rows, vocabulary): of the first token behind each prompt."""
     mask: torch.Tensor
+    """(rows, prefix + widest rest)"""
     positions: torch.Tensor
+    """(rows, 1): of the first token behind each prompt."""
     cache: DynamicCache
 
 
@@ -66,21 +69,81 @@ def _read(resident: Resident, tokens: list[int], adapters: list[int]) -> Dynamic
     return whole
 
 
-def lay_out(prompts: list[list[int]], adapters: Sequence[int], prefix: Prefix, room: int, device: torch.device | str) -> PromptBatch:
-    """One batch of prompts behind the prefixes of their adapters. room: tokens that the cache has place for behind the prompts."""
-    rests = [prompt[prefix.length :] for prompt in prompts]
+def read_prompts(resident: Resident, asked: Sequence[Asked], token_ids: Sequence[list[int]], prefix: Prefix, room: int) -> ReadPrompts:
+    """Runs the prompts that are asked through the model, behind the prefixes of their adapters.
+
+    room: tokens that the cache has place for behind the prompts. Long batches are read in parts, which need less padding and stay
+    in the processor's cache.
+    """
+    rests = [token_ids[each.prompt][prefix.length :] for each in asked]
     width = max(map(len, rests))
-    tokens = torch.tensor([[0] * (width - len(rest)) + rest for rest in rests], device=device)
-    mask = torch.tensor([[1] * prefix.length + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=device)
-    positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, prefix.length :]
+    cache = _cache(prefix, asked, width + room, resident)
+    parts = [list(range(len(asked)))]
+    if all(isinstance(layer, _GrowingInPlace) for layer in cache.layers):
+        parts = list(_parts(asked, rests, _TOKENS_AT_ONCE[torch.device(resident.device).type]))
+    if len(parts) == 1:
+        logits = _read_part(resident, asked, rests, prefix, cache)
+    else:
+        logits = _read_parts(resident, asked, rests, prefix, cache, parts)
+    mask = torch.tensor([[1] * prefix.length + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=resident.device)
+    return ReadPrompts(logits, mask, mask.sum(1, keepdim=True), cache)
+
+
+def _parts(asked: Sequence[Asked], rests: Sequence[list[int]], most: int) -> Iterator[list[int]]:
+    """Rows that are read at once, about `most` tokens: of prompts of similar length, each with all its adapters."""
+    rows_of: dict[int, list[int]] = {}
+    for row, each in enumerate(asked):
+        rows_of.setdefault(each.prompt, []).append(row)
+    part: list[int] = []
+    for rows in sorted(rows_of.values(), key=lambda rows: len(rests[rows[0]])):
+        if part and (len(part) + len(rows)) * len(rests[rows[0]]) > most:
+            yield sorted(part)
+            part = []
+        part += rows
+    yield sorted(part)
+
+
+def _read_parts(
+    resident: Resident, asked: Sequence[Asked], rests: Sequence[list[int]], prefix: Prefix, cache: DynamicCache, parts: Sequence[list[int]]
+) -> torch.Tensor:
+    width, order = max(map(len, rests)), []
+    logits = []
+    for rows in parts:
+        longest = max(len(rests[row]) for row in rows)
+        own = _cache(prefix, [asked[row] for row in rows], longest, resident)
+        logits.append(_read_part(resident, [asked[row] for row in rows], [rests[row] for row in rows], prefix, own))
+        index = torch.tensor(rows, device=resident.device)
+        for whole, part in zip(cache.layers, own.layers, strict=True):
+            whole.take_over(index, part, prefix.length, prefix.length + width)
+        order += rows
+    return torch.cat(logits)[torch.tensor(order, device=resident.device).argsort()]
+
+
+def _read_part(resident: Resident, asked: Sequence[Asked], rests: Sequence[list[int]], prefix: Prefix, cache: DynamicCache) -> torch.Tensor:
+    width = max(map(len, rests))
+    tokens = torch.tensor([[0] * (width - len(rest)) + rest for rest in rests], device=resident.device)
+    mask = torch.tensor([[1] * prefix.length + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=resident.device)
+    resident.enter([each.adapter for each in asked])
+    output = resident.model(
+        input_ids=tokens,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp_(min=0)[:, prefix.length :],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1]
+
+
+def _cache(prefix: Prefix, asked: Sequence[Asked], room: int, resident: Resident) -> DynamicCache:
+    """A cache for rows that begin with the prefixes of their adapters. room: tokens that are to come."""
+    index = torch.tensor([each.adapter for each in asked], device=resident.device)
     cache = copy.copy(prefix.cache)
-    index = torch.tensor(adapters, device=device)
-    cache.layers = [_of_rows(layer, index, width + room) for layer in prefix.cache.layers]
-    return PromptBatch(tokens, mask, positions, cache)
+    cache.layers = [_of_rows(layer, index, room) for layer in prefix.cache.layers]
+    return cache
 
 
 def _of_rows(layer: CacheLayerMixin, index: torch.Tensor, room: int) -> CacheLayerMixin:
-    """A layer of the prefix for a batch whose rows belong to the adapters that `index` tells."""
     if type(layer) is DynamicLayer:
         return _GrowingInPlace(layer, index, room)
     own = copy.copy(layer)  # of a sliding window, which is no longer than that
@@ -94,35 +157,36 @@ class _GrowingInPlace(DynamicLayer):
     def __init__(self, prefix: DynamicLayer, index: torch.Tensor, room: int):
         """index: the rows of the prefix that this begins with. room: tokens that are to come."""
         super().__init__()
-        self._room = room
-        self._length = prefix.get_seq_length()
+        self._rows, self._capacity = len(index), prefix.get_seq_length() + room
+        self._length = 0
         self._held: list[torch.Tensor] = []
-        if self._length:
-            self._begin(prefix.keys[index], prefix.values[index])
-
-    def _begin(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.lazy_initialization(keys, values)
-        self._held = [new.new_empty(*new.shape[:2], self._length + self._room, new.shape[3]) for new in (keys, values)]
-        self._append(0, keys, values)
-
-    def _append(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._length = start + keys.shape[2]
-        for held, new in zip(self._held, (keys, values)):
-            held[:, :, start : self._length] = new
-        self.keys, self.values = (held[:, :, : self._length] for held in self._held)
+        if prefix.get_seq_length():
+            self.update(prefix.keys[index], prefix.values[index])
 
     def get_seq_length(self) -> int:
         return self._length
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._held:
-            self._append(self._length, key_states, value_states)
-        else:
-            self._room -= key_states.shape[2]
-            self._length = key_states.shape[2]
-            self._begin(key_states, value_states)
+        start = self._length
+        self._grow(start + key_states.shape[2], key_states, value_states)
+        for held, new in zip(self._held, (key_states, value_states)):
+            held[:, :, start : self._length] = new
         return self.keys, self.values
+
+    def _grow(self, length: int, *alike: torch.Tensor) -> None:
+        if not self._held:
+            self.lazy_initialization(*alike)
+            # Zeros, since what stays empty is masked, which is a product with zero
+            self._held = [new.new_zeros(self._rows, new.shape[1], self._capacity, new.shape[3]) for new in alike]
+        self._length = length
+        self.keys, self.values = (held[:, :, :length] for held in self._held)
+
+    def take_over(self, rows: torch.Tensor, part: _GrowingInPlace, start: int, length: int) -> None:
+        """Puts into these rows what `part` has from token `start` on, at the end of `length` tokens."""
+        self._grow(length, part.keys, part.values)
+        for held, new in zip(self._held, (part.keys, part.values)):
+            held[rows, :, length - (part._length - start) : length] = new[:, :, start:]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._held = [held.index_select(0, indices) for held in self._held]
-        self.keys, self.values = (held[:, :, : self._length] for held in self._held)
+        self._grow(self._length)

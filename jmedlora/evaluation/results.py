@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,16 @@ from jmedlora.plan.specs import EvaluationSpec
 
 SCORES = ("accuracy", "exact_match", "gestalt_score")
 _FACTS = ("points", "section", "category", "human_accuracy")
+Outcome = dict[str, Any] | Exception
+"""The metrics of an evaluated checkpoint, or what is wrong with it."""
 NORMALISATIONS = ("sum", "per_token", "per_character", "per_byte")
+
+
+class Checkpoint(NamedTuple):
+    """The adapter of a run after so many steps; with step 0 the bare base model."""
+
+    run_key: str
+    step: int
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ def base_name(model: ModelConfig) -> str:
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig, base: str) -> None:
     """Writes weights, PEFT config and checksums as `folder`, which appears complete or not at all.
 
-    tensors: LoRA weights (whole, on the CPU) by their names in the PeftModel's `named_parameters`.
+    tensors: LoRA weights (whole, on the CPU) by their names in PEFT's files.
     """
     with appearing(folder) as aside:
-        weights = {_file_key(name): tensor.contiguous() for name, tensor in sorted(tensors.items())}
+        weights = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
         # By way of bytes, since safetensors makes files that nobody else may read.
         (aside / ADAPTER_WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
         _write_config(aside, config, base)
@@ -52,11 +52,6 @@ def adopt_adapter(source: Path, folder: Path) -> None:
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copyfile(source / name, aside / name)
         write_checksums(aside)
-
-
-def _file_key(name: str) -> str:
-    """PEFT's files name weights without the adapter's own name."""
-    return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
 
 
 def _write_config(folder: Path, config: LoraConfig, base: str) -> None:

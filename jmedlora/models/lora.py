@@ -91,7 +91,7 @@ class AdapterPack:
             self._batch.dropout = KeyedDropout([shape.chances for shape in shapes], [_PREFIX + name for name in names], device)
         self._layers: dict[str, PackedLinear] = {}
         for place, name in enumerate(names):
-            layer = PackedLinear(model.get_submodule(name), place, len(shapes), self.rank, self._batch, device, dtype)  # type: ignore[arg-type]
+            layer = PackedLinear(model.get_submodule(name), place, len(shapes), self.rank, self._batch, device, dtype)
             _put(model, name, layer)
             self._layers[_PREFIX + name] = layer
 
@@ -120,6 +120,9 @@ class AdapterPack:
         if weights.keys() != parameters.keys():
             raise KeyError(", ".join(sorted(weights.keys() ^ parameters.keys())[:3]))
         for name, parameter in parameters.items():
+            missing = [whole - own for whole, own in zip(parameter.shape, weights[name].shape, strict=True)]
+            if missing.pop(_rank_axis(name)) < 0 or any(missing):
+                raise ValueError(f"{name}: {tuple(weights[name].shape)} does not fit into {tuple(parameter.shape)}")
             parameter.copy_(self.padded(name, weights[name]))
 
     def start(self, adapter: int, seed: int) -> None:

@@ -37,7 +37,7 @@ from jmedlora.orchestrator.scheduling import remaining_trials
 from jmedlora.orchestrator.stopping import StopMarker, graceful
 from jmedlora.orchestrator.tracker_actor import TrackerActor
 from jmedlora.orchestrator.trials import SweepContext, run_trial
-from jmedlora.plan.estimates import concurrent_trials
+from jmedlora.plan.costs import concurrent_trials
 from jmedlora.plan.fitting import hints_of
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.naming import names_of

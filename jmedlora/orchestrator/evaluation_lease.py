@@ -18,7 +18,8 @@ class EvaluatedElsewhere(Exception):
 def evaluation_lease(storage: Storage, run_key: str, step: int, evaluation: EvaluationSpec) -> Iterator[None]:
     """Holds an evaluation for this process, by an operating-system lock on a hidden file: it ends with the process, however that ends.
 
-    The file goes when the block ends well; who held it open by then finds the results. Raises EvaluatedElsewhere.
+    The file goes when the block ends well and the results are there, which whoever held it open by then finds. Raises
+    EvaluatedElsewhere.
     """
     results = storage.run(run_key).evaluation(evaluation.folder, step)
     path = results.with_name(f".{results.name}.lock")
@@ -29,4 +30,5 @@ def evaluation_lease(storage: Storage, run_key: str, step: int, evaluation: Eval
         except BlockingIOError:
             raise EvaluatedElsewhere(str(results)) from None
         yield
-        path.unlink(missing_ok=True)
+        if storage.run(run_key).is_evaluated(evaluation.folder, step):
+            path.unlink(missing_ok=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import ray
 from ray.actor import ActorHandle
@@ -16,9 +17,10 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from jmedlora.config.faults import first_line
 from jmedlora.config.parts import ResourcesConfig
 from jmedlora.evaluation.journal import journal_progress
+from jmedlora.evaluation.results import Checkpoint
 from jmedlora.orchestrator.environment import ON_HEAD, worker_environment
 from jmedlora.orchestrator.errors import refusals, told
-from jmedlora.orchestrator.evaluation_lease import evaluation_lease
+from jmedlora.orchestrator.evaluation_lease import EvaluatedElsewhere, evaluation_lease
 from jmedlora.orchestrator.evaluation_queue import EvaluationQueue, JobId, is_api
 from jmedlora.orchestrator.ledger import Job
 from jmedlora.plan.layout import Storage
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from jmedlora.evaluation.making import AnyEvaluator
 
 POLL_S = 0.5
+AUTO_PACK = 8
+"""Adapters that `pack: auto` evaluates at once, at most."""
 
 
 @ray.remote
@@ -46,24 +50,57 @@ class EvaluationActor:
         self._resident = ""
         self._evaluator: AnyEvaluator | None = None
 
-    def evaluate(self, base: BaseSpec, run_key: str, step: int, evaluation: EvaluationSpec, what: str) -> Record:
-        """Scores one checkpoint (or the base at step 0), stores and tracks the result. Raises EvaluatedElsewhere."""
+    def evaluate(self, base: BaseSpec, checkpoints: Sequence[Checkpoint], evaluation: EvaluationSpec, what: str) -> list[Record | Trouble]:
+        """Scores checkpoints at once (or the base at step 0), stores and tracks the results; of each its metrics, or what is wrong.
+
+        What is wrong with all of them is raised.
+        """
+        self._tracker.evaluation_started.remote(self._name, what)
+        outcomes: dict[Checkpoint, Record | Trouble] = {}
+        try:
+            with refusals(), ExitStack() as leases:
+                waiting = []
+                for checkpoint in checkpoints:
+                    try:
+                        leases.enter_context(evaluation_lease(self._storage, *checkpoint, evaluation))
+                    except EvaluatedElsewhere as held:
+                        outcomes[checkpoint] = Trouble.of(held)
+                        continue
+                    if (metrics := read_metrics(self._storage, *checkpoint, evaluation)) is not None:
+                        outcomes[checkpoint] = metrics  # another sweep has just done it
+                    else:
+                        waiting.append(checkpoint)
+                if waiting:
+                    scored = self._resident_evaluator(base).evaluate_together(waiting, evaluation, self._storage, len(waiting))
+                    for checkpoint, outcome in zip(waiting, scored, strict=True):
+                        outcomes[checkpoint] = Trouble.of(outcome) if isinstance(outcome, Exception) else outcome
+            return [outcomes[checkpoint] for checkpoint in checkpoints]
+        finally:
+            self._tracker.evaluation_ended.remote(self._name, None)
+            for outcome in outcomes.values():
+                if not isinstance(outcome, Trouble):
+                    self._tracker.evaluation_ended.remote(self._name, outcome)
+
+    def _resident_evaluator(self, base: BaseSpec) -> AnyEvaluator:
         from jmedlora.evaluation.making import make_evaluator
 
-        self._tracker.evaluation_started.remote(self._name, what)
-        metrics: Record | None = None
-        try:
-            with refusals(), evaluation_lease(self._storage, run_key, step, evaluation):
-                if (metrics := read_metrics(self._storage, run_key, step, evaluation)) is not None:
-                    return metrics  # another sweep has just done it
-                if self._evaluator is None or self._resident != base.run_key:
-                    self._evaluator = None  # the old model's memory is freed before the new one is loaded
-                    self._evaluator = make_evaluator(base, self._sources, self._offline)
-                    self._resident = base.run_key
-                metrics = self._evaluator.evaluate(run_key, step, evaluation, self._storage)
-            return metrics
-        finally:
-            self._tracker.evaluation_ended.remote(self._name, metrics)
+        if self._evaluator is None or self._resident != base.run_key:
+            self._evaluator = None  # the old model's memory is freed before the new one is loaded
+            self._evaluator = make_evaluator(base, self._sources, self._offline)
+            self._resident = base.run_key
+        return self._evaluator
+
+
+class Trouble(NamedTuple):
+    """Why an evaluation has no result, in words alone: the driver of a sweep has no torch, of which an error may be."""
+
+    kinds: frozenset[str]
+    """Names of the error's type and of what that is derived from."""
+    told: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Trouble:
+        return cls(frozenset(kind.__name__ for kind in type(error).__mro__), told(error))
 
 
 @dataclass
@@ -74,7 +111,8 @@ class _Slot:
     behind_address: bool = False
     """For models behind an address: it waits for answers, beside the actors that compute."""
     actor: ActorHandle | None = None
-    job: Job | None = None
+    jobs: list[Job] = field(default_factory=list)
+    """Of one base and with the same evaluation."""
     result: Any = None
     resident: str = ""
     run_key: str = ""
@@ -94,6 +132,8 @@ class EvaluationPool:
     actors: int
     cpus: float
     gpus: float
+    pack: Literal["auto"] | int = "auto"
+    """How many adapters are evaluated at once, at most; with 1 all is as if there were no packs."""
 
     def __post_init__(self) -> None:
         self._slots = [_Slot(f"evaluation-{i}-{uuid.uuid4().hex[:6]}") for i in range(self.actors)]
@@ -116,7 +156,7 @@ class EvaluationPool:
                 last_round = not more_to_come()
                 self._queue.look()
                 self._assign()
-                running = [slot.result for slot in self._slots if slot.job is not None]
+                running = [slot.result for slot in self._slots if slot.jobs]
                 if running:
                     ray.wait(running, timeout=POLL_S)
                     self._collect()
@@ -129,13 +169,14 @@ class EvaluationPool:
                 self._end(slot)
 
     def _assign(self) -> None:
+        at_once = AUTO_PACK if self.pack == "auto" else self.pack
         for slot in self._slots:
-            if slot.job is None and (job := self._queue.take(slot.resident, slot.run_key, slot.behind_address)):
-                self._start(slot, job)
+            if not slot.jobs and (jobs := self._queue.take(slot.resident, slot.run_key, slot.behind_address, at_once)):
+                self._start(slot, jobs)
         for metrics in self._queue.settled():
             self.tracker.evaluation_ended.remote("", metrics)
 
-    def _start(self, slot: _Slot, job: Job) -> None:
+    def _start(self, slot: _Slot, jobs: list[Job]) -> None:
         if slot.actor is None:
             threads = 0 if slot.behind_address else max(1, round(self.resources.evaluation.cpus))
             # keys of addresses are in the environment of the head, and nowhere else
@@ -143,42 +184,56 @@ class EvaluationPool:
             slot.actor = EvaluationActor.options(  # type: ignore[attr-defined]
                 **place, runtime_env={"env_vars": worker_environment(self.resources, max(1, threads), self.offline)}
             ).remote(slot.name, str(self.storage.root), str(self.sources), self.offline, threads, self.tracker)
-        evaluation = job.evaluation
+        first = jobs[0]
+        evaluation = first.evaluation
+        more = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
         asked = f"{evaluation.benchmark.name} {evaluation.shots}-shot {evaluation.prompt.name} {evaluation.scoring}"
-        what = f"{self.names[job.run_key]} step {job.step} {asked}"
-        slot.job, slot.resident, slot.run_key = job, job.base.run_key, job.run_key
-        slot.result = slot.actor.evaluate.remote(job.base, job.run_key, job.step, evaluation, what)
+        what = f"{self.names[first.run_key]} step {first.step}{more} {asked}"
+        slot.jobs, slot.resident, slot.run_key = jobs, first.base.run_key, first.run_key
+        slot.result = slot.actor.evaluate.remote(first.base, [Checkpoint(job.run_key, job.step) for job in jobs], evaluation, what)
 
     def _collect(self) -> None:
         for slot in self._slots:
-            if slot.job is None or not ray.wait([slot.result], timeout=0)[0]:
+            if not slot.jobs or not ray.wait([slot.result], timeout=0)[0]:
                 continue
-            job, slot.job = slot.job, None
+            jobs, slot.jobs = slot.jobs, []
             try:
-                self._queue.finished(job, ray.get(slot.result))
+                self._settle(slot, jobs, ray.get(slot.result))
             except RayTaskError as error:
-                self._refused(slot, job, error.cause)
+                self._refused(slot, jobs, Trouble.of(error.cause))
             except RayError as death:  # killed, out of memory, or its node is gone
                 self._end(slot)
                 self.tracker.evaluation_ended.remote(slot.name, None)
-                progress = journal_progress(self.storage, job.run_key, job.step, job.evaluation)
-                self._queue.died(job, _death(death, job), progress)
+                for job in jobs:
+                    progress = journal_progress(self.storage, job.run_key, job.step, job.evaluation)
+                    self._queue.died(job, _death(death, job), progress, in_company=len(jobs) > 1)
             slot.result = None
 
-    def _refused(self, slot: _Slot, job: Job, error: BaseException) -> None:
-        """An evaluation raised an error, which trying again would meet again, unless another sweep is at it."""
-        kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: the driver of a sweep has no torch
-        if "EvaluatedElsewhere" in kinds:
+    def _settle(self, slot: _Slot, jobs: Sequence[Job], outcomes: Sequence[Record | Trouble]) -> None:
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            if isinstance(outcome, Trouble):
+                self._refused(slot, [job], outcome)
+            else:
+                self._queue.finished(job, outcome)
+
+    def _refused(self, slot: _Slot, jobs: Sequence[Job], trouble: Trouble) -> None:
+        """Evaluations met an error, which trying again would meet again, unless another sweep is at it, or it is one of several's."""
+        if "OutOfMemoryError" in trouble.kinds:
+            self._end(slot)  # the next evaluation finds the GPU's memory free and in one piece
+        if len(jobs) > 1:
+            self._queue.apart(jobs)
+            return
+        [job] = jobs
+        if "EvaluatedElsewhere" in trouble.kinds:
             self._queue.postponed(job)
             time.sleep(POLL_S)
-        elif "AdapterDamaged" in kinds:
-            self._queue.damaged(job, told(error))
-        elif "OutOfMemoryError" in kinds:
-            self._end(slot)  # the next evaluation finds the GPU's memory free and in one piece
+        elif "AdapterDamaged" in trouble.kinds:
+            self._queue.damaged(job, trouble.told)
+        elif "OutOfMemoryError" in trouble.kinds:
             helps = "fewer shots, a quantised model or a GPU with more of it would help"
-            self._queue.failed(job, f"memory does not suffice for the model and one prompt: {helps} ({told(error)})")
+            self._queue.failed(job, f"memory does not suffice for the model and one prompt: {helps} ({trouble.told})")
         else:
-            self._queue.failed(job, told(error))
+            self._queue.failed(job, trouble.told)
 
     def _end(self, slot: _Slot) -> None:
         if slot.actor is not None:

@@ -48,6 +48,7 @@ class EvaluationQueue:
         self._computed: dict[Content, tuple[str, int]] = {}  # content -> (run_key, step) where its result is
         self._whole: set[tuple[str, int]] = set()  # checkpoints that were found to be what their checksums say
         self._deaths: dict[JobId, tuple[int, int]] = {}  # how far it got at best, deaths since
+        self._alone: set[JobId] = set()  # what is tried by itself
         self._settled: list[Record] = []
         begun = self._begun()
         done = [job for job in jobs if job.run_key in begun and is_done(job, storage)]
@@ -87,20 +88,43 @@ class EvaluationQueue:
 
     # -- one evaluation
 
-    def take(self, resident: str, last_run: str, behind_address: bool) -> Job | None:
-        """The ready evaluation that fits best where base `resident` is loaded, with the adapter of `last_run`; None where there is none.
+    def take(self, resident: str, last_run: str, behind_address: bool, pack: int = 1) -> list[Job]:
+        """Ready evaluations for one pair of hands: at most `pack` adapters of one base, with one and the same evaluation.
 
-        behind_address: for models behind an address, and for them alone.
+        Those that fit best where base `resident` is loaded, with the adapter of `last_run`; empty where there is none. A bare base
+        is alone, and so is what has been in company of which something died. behind_address: for models behind an address, and for
+        them alone.
         """
         while bases := [base for base in self._ready if (base in self._behind_address) == behind_address]:
             runs = self._ready[resident if resident in bases else bases[0]]
-            content = next(iter(runs[last_run if last_run in runs else next(iter(runs))]))
-            job = self._groups[content][0]
-            self._remove_ready(content, job)
-            if is_ready(job, self._storage) and not is_done(job, self._storage) and self._content(job) == content:
-                self._under_way[job_id(job)] = content
-                return job
-            self._regroup(content)  # another sweep has done it, or its run has started over
+            first = next(iter(runs[last_run if last_run in runs else next(iter(runs))]))
+            contents = [first] if pack == 1 else self._alike([content for contents in runs.values() for content in contents], first)
+            if taken := [job for content in contents[:pack] if (job := self._claim(content))]:
+                return taken
+        return []
+
+    def _alike(self, ready: list[Content], first: Content) -> list[Content]:
+        """Of what is ready for one base, what can be evaluated at once: `first`, where that has to be alone, or the most there are."""
+        if self._has_to_be_alone(first):
+            return [first]
+        together: dict[str, list[Content]] = {}
+        for content in ready:
+            if not self._has_to_be_alone(content):
+                together.setdefault(content[2], []).append(content)
+        return max(together.values(), key=len)
+
+    def _has_to_be_alone(self, content: Content) -> bool:
+        job = self._groups[content][0]
+        return not job.step or job_id(job) in self._alone
+
+    def _claim(self, content: Content) -> Job | None:
+        """The first evaluation of a ready group, which then counts as under way, unless there is nothing to do any more."""
+        job = self._groups[content][0]
+        self._remove_ready(content, job)
+        if is_ready(job, self._storage) and not is_done(job, self._storage) and self._content(job) == content:
+            self._under_way[job_id(job)] = content
+            return job
+        self._regroup(content)  # another sweep has done it, or its run has started over
         return None
 
     def finished(self, job: Job, metrics: Record) -> None:
@@ -119,14 +143,27 @@ class EvaluationQueue:
             self._groups[content].remove(job)
         self._regroup(content)
 
-    def died(self, job: Job, why: str, progress: int) -> None:
-        """Told that its actor died. progress: how far it had got, in whatever is kept of it for the next attempt."""
+    def died(self, job: Job, why: str, progress: int, in_company: bool = False) -> None:
+        """Told that its actor died. progress: how far it had got, in whatever is kept of it for the next attempt.
+
+        in_company: others were in the same hands, and it is not known whose fault it was. What dies so again without having got
+        further is tried by itself, with attempts of its own.
+        """
         best, deaths = self._deaths.get(job_id(job), (0, 0))
         deaths = 1 if progress > best else deaths + 1
+        if in_company and deaths > 1:
+            self._alone.add(job_id(job))
+            deaths = 0
         self._deaths[job_id(job)] = max(best, progress), deaths
         if deaths >= MAX_ATTEMPTS:
             self.failed(job, f"given up after {MAX_ATTEMPTS} attempts: {why}")
         else:
+            self._regroup(self._under_way.pop(job_id(job)))
+
+    def apart(self, jobs: Sequence[Job]) -> None:
+        """Told that they cannot be done at once: each is tried by itself."""
+        self._alone |= set(map(job_id, jobs))
+        for job in jobs:
             self._regroup(self._under_way.pop(job_id(job)))
 
     def postponed(self, job: Job) -> None:

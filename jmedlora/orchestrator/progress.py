@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jmedlora.orchestrator.ledger import Job, is_done, run_status
-from jmedlora.plan.estimates import TRIAL_START_S
+from jmedlora.plan.costs import TRIAL_START_S
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import Plan
 

@@ -112,8 +112,12 @@ class _Trial:
                 if not is_hopeless and retries.allows(mark):
                     continue
                 begun = [run for run in left if self._started(run) != known[run.run_key] and run_status(run, self._storage) != "finished"]
-                for run in begun[-1:] or left:  # where no run was begun, none can be
-                    self._record_failure(run, error)
+                if begun and self._trial.pack > 1:
+                    self._trial = self._trial.model_copy(update={"pack": 1})  # one of them may be the cause, or that there are several
+                else:
+                    in_hand = [run for run in begun if run_status(run, self._storage) != "failed"]
+                    for run in in_hand or begun or left:  # where no run was begun, none can be
+                        self._record_failure(run, error)
                 retries = self._fresh_retries()
             else:
                 self._failed |= {run_key for run_key, status, _ in outcomes if status == "failed"}
@@ -146,7 +150,8 @@ class _Trial:
         """
         free_abandoned_places()
         trainer = self._trainer(self._trial.model_copy(update={"runs": runs}))
-        self._context.tracker.run_starting.remote(runs[0].run_key)
+        for run in runs[: self._trial.pack]:
+            self._context.tracker.run_starting.remote(run.run_key)
         ended: list[Any] = []
 
         def fit() -> None:

@@ -83,16 +83,18 @@ class TrackerListener:
 
     def __init__(self, tracker: ActorHandle):
         self._tracker = tracker
-        self._bundle: list[Record] = []
+        self._bundles: dict[str, list[Record]] = {}
         self._sent = time.monotonic()
 
     def on_run_start(self, run_key: str, total_steps: int) -> None:
         self._tracker.run_started.remote(run_key, total_steps)
 
     def on_step(self, run_key: str, record: Record) -> None:
-        self._bundle.append(record)
+        self._bundles.setdefault(run_key, []).append(record)
         if time.monotonic() - self._sent >= SEND_EVERY_S:
-            self._send(run_key)
+            for each in list(self._bundles):
+                self._send(each)
+            self._sent = time.monotonic()
 
     def on_checkpoint(self, run_key: str, step: int) -> None:
         self._send(run_key)
@@ -102,6 +104,5 @@ class TrackerListener:
         self._tracker.run_ended.remote(run_key, status, error)
 
     def _send(self, run_key: str) -> None:
-        if self._bundle:
-            self._tracker.train_steps.remote(run_key, self._bundle)
-        self._bundle, self._sent = [], time.monotonic()
+        if bundle := self._bundles.pop(run_key, None):
+            self._tracker.train_steps.remote(run_key, bundle)

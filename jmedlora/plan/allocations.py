@@ -60,10 +60,10 @@ def weight_bytes(
     return linear * (_NF4_BYTES if double_quantisation else _NF4_PLAIN_BYTES) + (total - linear) * BYTES[compute]
 
 
-def sizes_of(run: RunSpec, workers: int, shape: Architecture, row_tokens: float | None) -> Sizes:
+def sizes_of(run: RunSpec, workers: int, shape: Architecture, row_tokens: float | None, pack: int = 1) -> Sizes:
     settings, family = run.settings, run.model.family
     share = -(-settings.batch_size // workers)
-    rows = min(share, settings.micro_batch_size or share)
+    rows = pack * min(share, settings.micro_batch_size or share)
     longest = settings.max_input_tokens + settings.max_target_tokens
     width = min(longest, row_tokens or longest)
     return Sizes(
@@ -74,7 +74,7 @@ def sizes_of(run: RunSpec, workers: int, shape: Architecture, row_tokens: float 
         tokens=rows * width,
         labelled=rows * min(settings.max_target_tokens, width),
         low=BYTES[run.compute_precision],
-        adapter=lora_parameters(family, shape, settings.rank, settings.targets),
+        adapter=pack * lora_parameters(family, shape, settings.rank, settings.targets),
         linear=linear_layers(family, shape),
         adapted=target_layers(family, shape, settings.targets),
     )

@@ -5,15 +5,14 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from jmedlora.config.parts import ApiSource, Architecture, ModelConfig, Precision, ResourcesConfig
+from jmedlora.config.parts import ApiSource, Architecture, ModelConfig, ResourcesConfig
 from jmedlora.plan.allocations import BYTES
+from jmedlora.plan.costs import TRIAL_START_S, concurrent_trials, rate, step_seconds, training_tokens
 from jmedlora.plan.memory import CHOICE_TOKENS, GIGABYTE, memory_of
+from jmedlora.plan.packing import packed_seconds, trajectories_of, trial_trajectories
 from jmedlora.plan.shapes import lora_parameters
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec, Plan, RunSpec, TrialSpec
 
-GPU_TFLOPS, GPU_NF4_TFLOPS, CPU_CORE_TFLOPS = 300.0, 200.0, 0.06
-"""Assumed sustained rates where `resources.tflops` gives none; on an H100, 312 to 477 were measured in bf16, 205 over NF4."""
-TRIAL_START_S = 15.0
 ANSWER_TOKENS = 16
 """Assumed length of an answer, where the prompt has no bound of its own."""
 
@@ -29,6 +28,12 @@ class TrialEstimate:
     """Main memory of a worker while it loads and saves, beside what Python and its libraries take."""
     fits: bool
     seconds: float
+    saved_by_prefixes_s: float
+    """What training each run by itself, in a trial of its own, would take more."""
+    saved_by_packing_s: float
+    """What a trial for each trajectory would take more: packs share the steps' overhead, and a queue the trial's start."""
+    longest_s: float
+    """Arithmetic of its longest trajectory, which nothing shortens."""
     disk_bytes: int
 
 
@@ -46,15 +51,24 @@ class Totals:
     training_hours: float
     evaluation_hours: float
     makespan_hours: float
+    lower_bound_hours: float
+    """No less, at the assumed speeds, however runs are packed: the longest trajectory's arithmetic, or all of it on all machines."""
+    saved_by_prefixes_hours: float
+    saved_by_packing_hours: float
+    """Hours of trials, not of the makespan."""
     disk_bytes: int
 
 
 def estimate_trial(trial: TrialSpec, resources: ResourcesConfig, shapes: dict[str, Architecture]) -> TrialEstimate:
     """Estimates of one trial; `shapes` holds each model's architecture by name."""
     on_gpu = resources.gpus_per_worker > 0
-    needed = [memory_of(run, trial.workers, shapes[run.model.name], on_gpu) for run in trial.runs]
+    needed = [memory_of(run, trial.workers, shapes[run.model.name], on_gpu, pack=trial.pack) for run in trial.runs]
     most = max(needed, key=lambda estimate: estimate.total)
-    seconds = TRIAL_START_S + sum(_training_seconds(run, resources) for run in trial.runs) / trial.workers
+    shape = shapes[trial.runs[0].model.name]
+    trajectories = trial_trajectories(trial, resources, shape)
+    seconds = TRIAL_START_S + packed_seconds(trajectories, trial.pack) / trial.workers
+    alone = sum(TRIAL_START_S + each.seconds / trial.workers for each in trial_trajectories(_unshared(trial), resources, shape))
+    trained_once = sum(TRIAL_START_S + each.seconds / trial.workers for each in trajectories)
     disk = sum(_disk_bytes(run, shapes[run.model.name]) for run in trial.runs)
     return TrialEstimate(
         memory_gb=most.total / GIGABYTE,
@@ -62,8 +76,15 @@ def estimate_trial(trial: TrialSpec, resources: ResourcesConfig, shapes: dict[st
         host_memory_gb=max(estimate.host_bytes for estimate in needed) / GIGABYTE,
         fits=not on_gpu or most.total <= resources.gpu_memory_gb * GIGABYTE,
         seconds=seconds,
+        saved_by_prefixes_s=alone - trained_once,
+        saved_by_packing_s=trained_once - seconds,
+        longest_s=max(each.arithmetic_s for each in trajectories) / trial.workers,
         disk_bytes=disk,
     )
+
+
+def _unshared(trial: TrialSpec) -> TrialSpec:
+    return trial.model_copy(update={"share_prefixes": False})
 
 
 def estimate_totals(plan: Plan, trials: list[TrialEstimate], resources: ResourcesConfig) -> Totals:
@@ -73,62 +94,30 @@ def estimate_totals(plan: Plan, trials: list[TrialEstimate], resources: Resource
     here = [(spec, count) for spec, count in points if not spec.model.is_api]
     evaluation_s = sum(count * _evaluation_seconds(spec, item, resources) for spec, count in here for item in plan.asked_of(spec))
     side_by_side = concurrent_trials(resources)
-    makespan = _makespan([trial.seconds for trial in trials], side_by_side or len(trials))
+    lanes = side_by_side or len(trials) or 1
+    makespan = _makespan([trial.seconds for trial in trials], lanes)
+    arithmetic = sum(run.total_steps * step_seconds(run, resources) for run in _longest(plan)) / resources.workers_per_trial
     return Totals(
         runs=len(plan.runs),
         bases=len(plan.bases),
         trials=len(plan.trials),
         evaluations=sum(count * len(plan.asked_of(spec)) for spec, count in points),
         questions=sum(count * item.questions for spec, count in points for item in plan.asked_of(spec)),
-        training_tokens=round(sum(_training_tokens(run) for run in plan.runs)),
+        training_tokens=round(sum(training_tokens(run) for run in _longest(plan))),
         concurrent_trials=side_by_side,
         training_hours=sum(trial.seconds for trial in trials) / 3600,
         evaluation_hours=evaluation_s / 3600,
         makespan_hours=max(makespan, evaluation_s / resources.evaluation.actors) / 3600,
+        lower_bound_hours=max([arithmetic / lanes, *(trial.longest_s for trial in trials)]) / 3600,
+        saved_by_prefixes_hours=sum(trial.saved_by_prefixes_s for trial in trials) / 3600,
+        saved_by_packing_hours=sum(trial.saved_by_packing_s for trial in trials) / 3600,
         disk_bytes=sum(trial.disk_bytes for trial in trials),
     )
 
 
-def concurrent_trials(resources: ResourcesConfig) -> int | None:
-    """Trials that run at once: as configured, or as many as the GPUs at the cluster's maximum hold beside reserved evaluation.
-
-    None on machines without GPUs, where it depends on their cores.
-    """
-    if resources.max_concurrent_trials is not None:
-        return resources.max_concurrent_trials
-    per_trial = resources.workers_per_trial * resources.gpus_per_worker
-    if not per_trial:
-        return None
-    reserved = resources.evaluation.actors * resources.evaluation.gpus
-    return max(1, int((resources.max_gpus - reserved) // per_trial))
-
-
-def _rate(resources: ResourcesConfig, precision: Precision) -> float:
-    """FLOP/s of one worker."""
-    of_gpu = GPU_NF4_TFLOPS if precision == "nf4" else GPU_TFLOPS
-    assumed = of_gpu * resources.gpus_per_worker if resources.gpus_per_worker else CPU_CORE_TFLOPS * resources.cpus_per_worker
-    return (resources.tflops or assumed) * 1e12
-
-
-def row_tokens(run: RunSpec) -> float:
-    """Mean length of a run's rows, in tokens."""
-    limit = run.settings.max_input_tokens + run.settings.max_target_tokens
-    return min(limit, run.row_characters * run.model.tokens_per_character)
-
-
-def _training_tokens(run: RunSpec) -> float:
-    return run.total_steps * min(run.settings.batch_size, run.rows) * row_tokens(run)
-
-
-def _training_seconds(run: RunSpec, resources: ResourcesConfig) -> float:
-    """Of one worker that has all the work."""
-    return _training_tokens(run) * training_flop_per_token(run) / _rate(resources, run.precision)
-
-
-def training_flop_per_token(run: RunSpec) -> float:
-    """Forward, and gradients of activations through the frozen weights; recomputation costs another forward pass."""
-    passes = 3 if run.settings.gradient_checkpointing else 2
-    return 2.0 * passes * run.model_parameters
+def _longest(plan: Plan) -> list[RunSpec]:
+    """The longest run of every trajectory that is trained."""
+    return [group[-1] for trial in plan.trials for group in trajectories_of(trial.runs, trial.share_prefixes)]
 
 
 def asked_tokens(spec: EvaluationSpec, model: ModelConfig) -> tuple[float, float]:
@@ -146,7 +135,7 @@ def api_cost(source: ApiSource, model: ModelConfig, evaluations: list[Evaluation
 
 
 def _evaluation_seconds(spec: RunSpec | BaseSpec, evaluation: EvaluationSpec, resources: ResourcesConfig) -> float:
-    return sum(asked_tokens(evaluation, spec.model)) * 2 * spec.model_parameters / _rate(resources, spec.precision)
+    return sum(asked_tokens(evaluation, spec.model)) * 2 * spec.model_parameters / rate(resources, spec.precision)
 
 
 def _disk_bytes(run: RunSpec, shape: Architecture) -> int:

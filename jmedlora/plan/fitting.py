@@ -10,7 +10,8 @@ from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.locate import cache_dir
 from jmedlora.config.parts import Architecture, ModelConfig
 from jmedlora.config.sweep import SweepConfig
-from jmedlora.plan.estimates import estimate_trial, row_tokens
+from jmedlora.plan.costs import row_tokens
+from jmedlora.plan.estimates import estimate_trial
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.memory import ESTIMATE_ERROR, GIGABYTE, advice, memory_of
 from jmedlora.plan.naming import names_of
@@ -58,11 +59,12 @@ def _too_large(plan: Plan, config: SweepConfig, shapes: dict[str, Architecture],
     for trial in plan.trials:
         for run in trial.runs:
             shape = shapes[run.model.name]
-            needed = memory_of(run, trial.workers, shape, True, row_tokens(run)).total / GIGABYTE
+            needed = memory_of(run, trial.workers, shape, True, row_tokens(run), trial.pack).total / GIGABYTE
             if needed <= resources.gpu_memory_gb * (1 + ESTIMATE_ERROR) or _has_its_checkpoints(run, storage):
                 continue
-            told = f"{names[run.run_key]} needs about {needed:.0f} GB of a GPU with {resources.gpu_memory_gb:g} GB"
-            would_fit = advice(run, trial.workers, resources, shape)
+            beside = f", {trial.pack} at once," if trial.pack > 1 else ""
+            told = f"{names[run.run_key]}{beside} needs about {needed:.0f} GB of a GPU with {resources.gpu_memory_gb:g} GB"
+            would_fit = f"pack: auto, or less than {trial.pack}" if trial.pack > 1 else advice(run, trial.workers, resources, shape)
             faults.append(Fault(config.file, "resources.gpu_memory_gb", told, f"{would_fit}; or resources.memory_check: allow"))
     return faults
 

@@ -40,9 +40,14 @@ class MemoryEstimate:
         return max(self.items, key=lambda name: self.items[name])
 
 
-def memory_of(run: RunSpec, workers: int, shape: Architecture, on_gpu: bool, row_tokens: float | None = None) -> MemoryEstimate:
-    """The estimate of a run; `row_tokens`: length of its rows, where they are shorter than the settings allow."""
-    sizes = sizes_of(run, workers, shape, row_tokens)
+def memory_of(
+    run: RunSpec, workers: int, shape: Architecture, on_gpu: bool, row_tokens: float | None = None, pack: int = 1
+) -> MemoryEstimate:
+    """The estimate of a run, or of so many like it at once.
+
+    row_tokens: length of its rows, where they are shorter than the settings allow.
+    """
+    sizes = sizes_of(run, workers, shape, row_tokens, pack)
     peak = max([*backward(sizes), optimizer_step(sizes, on_gpu)], key=lambda moment: sum(moment.values()))
     items = {**held(sizes), **peak}
     if on_gpu:

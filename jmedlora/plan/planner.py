@@ -24,9 +24,10 @@ from jmedlora.plan.evaluations import plan_evaluations
 from jmedlora.plan.expand import expand_runs
 from jmedlora.plan.identity import base_key, model_identity, run_key, trajectory_key
 from jmedlora.plan.layout import Storage
+from jmedlora.plan.packing import make_trials, notes_on_sharing
 from jmedlora.plan.retention import notes_on_keeping
 from jmedlora.plan.shapes import architecture_of, model_parameters
-from jmedlora.plan.specs import BaseSpec, EvaluationSpec, KeepRule, Plan, RunSpec, TrialSpec
+from jmedlora.plan.specs import BaseSpec, EvaluationSpec, KeepRule, Plan, RunSpec
 from jmedlora.plan.weights import WeightsFolder, locate_weights
 
 SAMPLE_ROWS = 200
@@ -90,6 +91,7 @@ class _Planner:
     faults: list[Fault] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     row_characters: dict[tuple[str, str], float] = field(default_factory=dict)
+    base_keys: dict[tuple[str, Precision, bool], str] = field(default_factory=dict)
 
     def plan(self) -> Plan:
         config = self.config
@@ -122,11 +124,12 @@ class _Planner:
             bases=list({base.run_key: base for base in [*self._bases(runs, models), *self._references(models)]}.values()),
             runs=runs,
             evaluations=evaluations,
-            trials=[self._trial([run]) for run in runs],
+            trials=make_trials(runs, config.resources, self._shapes(models), config.pack, config.share_prefixes),
             default_prompt=config.evaluation_prompts[0],
             keep=self._keep(evaluations),
+            pack=config.pack,
             missing=self.missing,
-            notes=_notes_on_repeats(len(settings), len(runs)),
+            notes=[*_notes_on_repeats(len(settings), len(runs)), *notes_on_sharing(runs, config.share_prefixes)],
             note=config.note,
         )
         return plan.model_copy(update={"notes": [*plan.notes, *notes_on_keeping(plan, Storage(config.storage_path))]})
@@ -188,11 +191,17 @@ class _Planner:
             steps_per_epoch=steps_per_epoch,
             total_steps=total,
             checkpoint_steps=checkpoint_steps(self.config.evaluate.every, steps_per_epoch, total),
-            base_key=base_key(model.identity, precision, method.double_quantisation),
+            base_key=self._base_key(model, precision, method.double_quantisation),
             model_parameters=model.parameters,
             row_characters=self._row_characters(data, prompt),
             provisional=not (model.is_here and data.is_here),
         )
+
+    def _base_key(self, model: _Model, precision: Precision, double_quantisation: bool) -> str:
+        asked = (model.config.name, precision, double_quantisation)
+        if asked not in self.base_keys:
+            self.base_keys[asked] = base_key(model.identity, precision, double_quantisation)
+        return self.base_keys[asked]
 
     def _check_checkpoints(self, settings: RunSettings, data: _Data) -> None:
         steps_per_epoch, total = step_counts(settings, data.size)
@@ -266,15 +275,9 @@ class _Planner:
         ]
         return KeepRule(checkpoints=keep.checkpoints, metric=by.metric, evaluation=found[0], state=keep.state)
 
-    def _trial(self, runs: list[RunSpec]) -> TrialSpec:
-        resources = self.config.resources
-        return TrialSpec(
-            trial_id=key_of([run.run_key for run in runs]),
-            runs=runs,
-            workers=resources.workers_per_trial,
-            cpus_per_worker=resources.cpus_per_worker,
-            gpus_per_worker=resources.gpus_per_worker,
-        )
+    @staticmethod
+    def _shapes(models: dict[str, _Model]) -> dict[str, Architecture]:
+        return {name: model.architecture for name, model in models.items() if model.architecture}
 
 
 def _notes_on_repeats(combinations: int, runs: int) -> list[str]:

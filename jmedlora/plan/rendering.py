@@ -13,6 +13,7 @@ from rich.text import Text
 from jmedlora.config.locate import is_loopback
 from jmedlora.config.parts import ApiSource
 from jmedlora.config.sweep import SweepConfig
+from jmedlora.plan.costs import seconds_alone
 from jmedlora.plan.estimates import Totals, TrialEstimate, api_cost, estimate_totals, estimate_trial
 from jmedlora.plan.fitting import hints_of, shapes_of
 from jmedlora.plan.memory import GIGABYTE, evaluation_memory
@@ -79,6 +80,7 @@ def plan_as_json(plan: Plan, config: SweepConfig) -> dict[str, Any]:
                 "runs": [run.run_key for run in trial.runs],
                 "workers": trial.workers,
                 "gpus": trial.workers * trial.gpus_per_worker,
+                "pack": trial.pack,
                 **asdict(estimate),
             }
             for trial, estimate in zip(plan.trials, trials, strict=True)
@@ -101,9 +103,9 @@ def print_plan(plan: Plan, config: SweepConfig, console: Console) -> None:
 
 def _print_runs(plan: Plan, config: SweepConfig, console: Console, trials: list[TrialEstimate], names: dict[str, str]) -> None:
     estimate_by_run = {run.run_key: estimate for trial, estimate in zip(plan.trials, trials, strict=True) for run in trial.runs}
-    gpus = config.resources.gpus_per_worker > 0
+    gpus, shapes = config.resources.gpus_per_worker > 0, shapes_of(config)
     table = Table(title=f"sweep {plan.sweep}", title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for column in ("run_key", "run", "steps", "checkpoints", "learning rate", "memory per " + ("GPU" if gpus else "worker"), "time"):
+    for column in ("run_key", "run", "steps", "checkpoints", "learning rate", "memory per " + ("GPU" if gpus else "worker"), "time alone"):
         table.add_column(column, justify="left" if column in ("run_key", "run") else "right", no_wrap=column != "run")
     for run in plan.runs[:MAX_ROWS]:
         estimate = estimate_by_run[run.run_key]
@@ -117,7 +119,7 @@ def _print_runs(plan: Plan, config: SweepConfig, console: Console, trials: list[
             str(len(run.checkpoint_steps)),
             f"{run.settings.learning_rate:g}",
             memory,
-            _time(estimate.seconds),
+            _time(seconds_alone(run, config.resources, shapes[run.model.name])),
         )
     console.print(table)
     if len(plan.runs) > MAX_ROWS:
@@ -136,9 +138,11 @@ def _print_totals(plan: Plan, totals: Totals, trials: list[TrialEstimate], confi
     machines = f"{_counted(at_once, 'trial')} at once" if at_once else "trials at once: as many as the cores allow"
     console.print(
         f"estimated from shapes and assumed speeds: training {_time(totals.training_hours * 3600)}, "
-        f"evaluation {_time(totals.evaluation_hours * 3600)}, all in all {_time(totals.makespan_hours * 3600)} ({machines})",
+        f"evaluation {_time(totals.evaluation_hours * 3600)}, all in all {_time(totals.makespan_hours * 3600)} ({machines}; "
+        f"arithmetic alone: {_time(totals.lower_bound_hours * 3600)})",
         highlight=False,
     )
+    _print_savings(plan, totals, console)
     for base in plan.bases:
         if isinstance(source := base.model.source, ApiSource):
             cost = api_cost(source, base.model, plan.asked_of(base))
@@ -159,6 +163,18 @@ def _print_totals(plan: Plan, totals: Totals, trials: list[TrialEstimate], confi
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if any(spec.provisional for spec in plan.runs):
         console.print("run keys with a question mark may change once everything is here")
+
+
+def _print_savings(plan: Plan, totals: Totals, console: Console) -> None:
+    largest = max((trial.pack for trial in plan.trials), default=1)
+    told = []
+    if any(trial.share_prefixes for trial in plan.trials) and totals.saved_by_prefixes_hours > 0:
+        told.append(f"shared beginnings save {_time(totals.saved_by_prefixes_hours * 3600)}")
+    if totals.saved_by_packing_hours > 0:
+        how = f"packs of up to {largest} adapters" if largest > 1 else "runs one after another over a base that is loaded once"
+        told.append(f"{how} save {_time(totals.saved_by_packing_hours * 3600)}")
+    if told:
+        console.print(f"{', '.join(told)} of trials, by the same estimate", highlight=False)
 
 
 def _print_hints(plan: Plan, trials: list[TrialEstimate], config: SweepConfig, console: Console) -> None:

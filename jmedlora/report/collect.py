@@ -48,6 +48,9 @@ class Training:
     steps: list[int]
     losses: list[float | None]
     seconds: float
+    """Its share of the time of a pack."""
+    own_seconds: float
+    """The same, where steps that several runs have in common count for each of them in part."""
     tokens: int
 
 
@@ -207,6 +210,7 @@ def _collect_training(storage: Storage, spec: RunSpec | BaseSpec) -> Training:
         steps=[record["step"] for record in records],
         losses=[_finite(record.get("loss")) for record in records],
         seconds=sum(record.get("seconds") or 0.0 for record in records),
+        own_seconds=sum((record.get("seconds") or 0.0) / record.get("shared_by", 1) for record in records),
         tokens=sum(record.get("tokens") or 0 for record in records),
     )
 

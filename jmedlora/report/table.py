@@ -107,7 +107,7 @@ def p_spelling(p: float) -> str:
 
 
 def cost_rows(results: Results) -> list[dict[str, Any]]:
-    """Seconds, tokens and GPU-hours of each run and base; GPU-hours are those reserved while it trained."""
+    """Seconds, tokens and GPU-hours of each run and base; GPU-hours are those reserved while it trained, divided among runs that trained together."""
     return [
         {
             "run_key": result.run_key,
@@ -121,7 +121,7 @@ def cost_rows(results: Results) -> list[dict[str, Any]]:
             "tokens": result.training.tokens,
             "tokens_per_s": round(result.training.tokens / result.training.seconds, 1) if result.training.seconds else "",
             "workers": 0 if result.is_base else result.workers,
-            "gpu_hours": round(result.gpus * result.training.seconds / 3600, 4),
+            "gpu_hours": round(result.gpus * result.training.own_seconds / 3600, 4),
             "evaluation_seconds": round(sum(score.seconds for score in result.scores), 1),
         }
         for result in results.runs

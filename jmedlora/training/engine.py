@@ -82,6 +82,8 @@ class PackEngine:
         engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
         if not isinstance(engine, deepspeed.DeepSpeedEngine) or engine.zero_optimization_stage() != stage:
             raise RuntimeError(f"asked for a DeepSpeed engine at ZeRO stage {stage}, got {type(engine).__name__}")
+        # one worker has nothing to reduce, and DeepSpeed would copy all gradients for it
+        engine.enable_backward_allreduce = stage > 0 or worker.workers > 1
         self._optimizer.arm()
         self.engine = engine
         self._stage = stage

@@ -21,6 +21,7 @@ from jmedlora.models.lora import target_modules
 from jmedlora.models.source import materialise
 from jmedlora.plan.layout import RunFolder, Storage
 from jmedlora.plan.lease import RunHeld, run_lease
+from jmedlora.plan.packing import geometry, trajectories_of
 from jmedlora.plan.specs import RunSpec, TrialSpec
 from jmedlora.training.engine import StepDropped
 from jmedlora.training.pack import Wishes, training_pack
@@ -97,7 +98,7 @@ class _Trial:
 
     def train(self) -> list[RunOutcome]:
         """Trains until all is done or the trial is to stop; outcomes are in the order in which runs ended."""
-        waiting = deque(_by_trajectory(self.trial))
+        waiting = deque(trajectories_of(self.trial.runs, self.trial.share_prefixes))
         training: list[Trajectory] = []
         while waiting or training:
             if not training and self._agreed(self.should_stop()):
@@ -173,7 +174,7 @@ class _Trial:
         """The same on every worker: as the leading one finds it."""
         found: list[Any] = [find_beginning(specs, unfinished, self.storage) if self.worker.leads else None]
         dist.broadcast_object_list(found, src=0)
-        return found[0]  # type: ignore[no-any-return]
+        return found[0]
 
     def _lease(self, folder: RunFolder, holds: ExitStack) -> str | None:
         """Holds the run, by its leading worker; tells, on every worker, who else holds it."""
@@ -264,21 +265,9 @@ class _Trial:
         return BaseModel(model, load_tokenizer(folder), digest_tokenizer(folder))
 
 
-def _by_trajectory(trial: TrialSpec) -> list[list[RunSpec]]:
-    """The runs in the trial's order; those of one trajectory, the shorter ones first, in the place of the first of them."""
-    groups: dict[str, list[RunSpec]] = {}
-    for spec in trial.runs:
-        groups.setdefault(spec.trajectory_key if trial.share_prefixes else spec.run_key, []).append(spec)
-    return [sorted(specs, key=lambda spec: spec.total_steps) for specs in groups.values()]
-
-
 def _fits(specs: list[RunSpec], training: list[Trajectory]) -> bool:
-    """Whether runs can train beside those that are in training already: on the same layers, in batches of the same kind."""
-    return all(_geometry(each.lead) == _geometry(specs[-1]) for each in training)
-
-
-def _geometry(spec: RunSpec) -> tuple[Any, ...]:
-    return spec.settings.targets, spec.settings.micro_batch_size, spec.settings.gradient_checkpointing
+    """Whether runs can train beside those that are in training already."""
+    return all(geometry(each.lead) == geometry(specs[-1]) for each in training)
 
 
 def _told(reason: Exception, hint: str | None) -> str:

@@ -19,7 +19,8 @@ class GroupClippingAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], sharded: bool):
-        super().__init__([{"max_grad_norm": None, "grad_norm": 0.0, "is_skipped": False, **group} for group in groups])
+        # fused: one pass over weights, gradients and moments, which for many small tensors is most of a step
+        super().__init__([{"max_grad_norm": None, "grad_norm": 0.0, "is_skipped": False, **group} for group in groups], fused=True)
         self._sharded = sharded
         self._armed = False
 
@@ -40,7 +41,8 @@ class GroupClippingAdamW(torch.optim.AdamW):
         super().step(closure)
 
     def _clip(self, group: dict[str, Any], gradients: list[Tensor]) -> None:
-        squares = torch.stack([_precise(gradient).square().sum() for gradient in gradients]).sum()
+        precise = torch.promote_types(gradients[0].dtype, torch.float32)
+        squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=precise)).square().sum()
         if self._sharded:
             dist.all_reduce(squares)
         norm = group["grad_norm"] = squares.sqrt().item()
@@ -52,7 +54,3 @@ class GroupClippingAdamW(torch.optim.AdamW):
             if share < 1.0:
                 torch._foreach_mul_(gradients, share)
 
-
-def _precise(values: Tensor) -> Tensor:
-    """In fp32 or more."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

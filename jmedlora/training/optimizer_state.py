@@ -62,7 +62,8 @@ class OptimizerState:
         """
         for adapter, start in enumerate(starts):
             for flat in self._flats(adapter):  # as the optimizer itself would at its first step
-                self._client.state[flat] = {"step": torch.tensor(float(start.steps)), **{key: torch.zeros_like(flat) for key in MOMENTS}}
+                steps = torch.tensor(float(start.steps), device=flat.device)
+                self._client.state[flat] = {"step": steps, **{key: torch.zeros_like(flat) for key in MOMENTS}}
         if self._stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
         for adapter, start in enumerate(starts):

@@ -145,7 +145,7 @@ class Trajectory:
         self.step = record["step"]
         for member in self.members:
             if member.records is not None:
-                member.records.add_step({**record, "epoch": self.step / member.spec.steps_per_epoch})
+                member.records.add_step({**record, "shared_by": len(self.members)} if len(self.members) > 1 else record)
 
     def save(self, adapter: Callable[[], dict[str, Tensor]], state: Callable[[], dict[str, Tensor]], wants_state: bool) -> None:
         """Writes what is due after a step: checkpoints, states, the ends of runs. adapter, state: give the tensors, on all workers alike."""

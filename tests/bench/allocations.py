@@ -58,7 +58,7 @@ def main() -> None:
     rows = []
     for case in QUICK_CASES if asked.quick else CPU_CASES:
         found = measured_peak(case)
-        estimate = memory_of(case.spec(), 1, case.shape, on_gpu=False).total
+        estimate = memory_of(case.spec(), 1, case.shape, on_gpu=False, pack=case.adapters).total
         rows.append({"case": str(case), **found, "estimate": estimate})
         print(f"{case!s:90} peak {found['peak'] / 1e6:7.2f} MB, estimated {estimate / found['peak'] - 1:+.1%}", flush=True)
     if asked.out:

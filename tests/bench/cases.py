@@ -17,7 +17,10 @@ Compute = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and how; `accumulated` micro-batches of `rows` rows make a step."""
+    """What is trained, and how; `accumulated` micro-batches of `rows` rows of each adapter make a step.
+
+    Adapters of a pack have rows of their own, as those of a grid over seeds: they cannot share dropout masks.
+    """
 
     name: str
     family: Family
@@ -33,18 +36,20 @@ class Case:
     target_tokens: int = 64
     stage: int = 0
     accumulated: int = 2
+    adapters: int = 1
 
     def __str__(self) -> str:
         kept = "checkpointing" if self.checkpointing else "no checkpointing"
         drop = f" dropout {self.dropout}" if self.dropout else ""
         low = "" if self.precision == self.compute else f" in {self.compute}"
-        return f"{self.name} {self.precision}{low} r{self.rank} {self.targets}{drop} {kept} {self.rows} rows zero{self.stage}"
+        packed = f" {self.adapters} adapters" if self.adapters > 1 else ""
+        return f"{self.name} {self.precision}{low} r{self.rank} {self.targets}{drop} {kept} {self.rows} rows zero{self.stage}{packed}"
 
     def changed(self, **changes: object) -> Case:
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def spec(self) -> RunSpec:
-        """The run as the plan would describe it."""
+        """The run of one adapter as the plan would describe it."""
         method = "qlora" if self.precision == "nf4" else "lora"
         settings = RunSettings(
             model=self.name,
@@ -123,6 +128,7 @@ def memory_cases(tiny: bool) -> list[Case]:
     found += [middle.changed(rows=rows) for rows in (1, 4, 8)]
     found += [middle.changed(rows=1, checkpointing=False), middle.changed(rows=1, rank=128)]
     found += [large.changed(rows=1, rank=rank) for rank in (64, 128)] + [large.changed(rows=rows) for rows in (2, 4)]
+    found += [calm.changed(rows=1, rank=64, adapters=count, checkpointing=True) for count in (2, 8)]
     return found
 
 
@@ -132,6 +138,7 @@ def timing_cases(tiny: bool) -> list[Case]:
     return [
         bases["calm-7b"].changed(rows=8, rank=64, checkpointing=True, accumulated=1),
         bases["calm-7b"].changed(rows=2, rank=64, accumulated=4),
+        bases["calm-7b"].changed(rows=2, rank=64, checkpointing=True, accumulated=1, adapters=4),
         bases["llama-7b"].changed(rows=8, rank=64, checkpointing=True, accumulated=1),
         bases["llama-13b"].changed(rows=4, accumulated=1),
         bases["llama-70b"].changed(rows=2, accumulated=1),
@@ -155,6 +162,13 @@ def _cpu_cases() -> list[Case]:
     return found
 
 
-CPU_CASES = _cpu_cases()
-QUICK_CASES = [CPU_CASES[place] for place in (1, 3, 5, 7, 9, 11, 12, 17, 18)]
+def _packs() -> list[Case]:
+    case = Case("llama", "llama", _LLAMA, rows=1, adapters=4)
+    nf4 = case.changed(precision="nf4", compute="bf16", targets="all-linear", rank=32, adapters=3, dropout=0.1)
+    return [case.changed(rows=2, rank=32, targets="all-linear", dropout=0.1), nf4, case.changed(stage=2), nf4.changed(checkpointing=True)]
+
+
+_SINGLE_CASES = _cpu_cases()
+CPU_CASES = [*_SINGLE_CASES, *_packs()]
+QUICK_CASES = [*(_SINGLE_CASES[place] for place in (1, 3, 5, 7, 9, 11, 12, 17, 18)), *_packs()]
 """Every kind of precision and stage."""

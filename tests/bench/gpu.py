@@ -108,7 +108,7 @@ def memory(rows: Rows, worker: Worker, tiny: bool, match: str) -> None:
 
 def peak_of(case: Case, base: Any, worker: Worker) -> dict[str, Any]:
     """Allocated and reserved bytes at the peak of the second step, and the estimate of both."""
-    estimate = memory_of(case.spec(), 1, case.shape, on_gpu=worker.device.type == "cuda")
+    estimate = memory_of(case.spec(), 1, case.shape, on_gpu=worker.device.type == "cuda", pack=case.adapters)
     items = {name: round(size / GIGABYTE, 3) for name, size in estimate.items.items()}
     expected = {"estimate_gb": estimate.total / GIGABYTE, "items": items}
     if worker.device.type != "cuda":

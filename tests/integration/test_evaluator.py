@@ -20,11 +20,11 @@ from jmedlora.config.faults import BadInput
 from jmedlora.config.parts import Family, ModelConfig, Precision
 from jmedlora.data.benchmarks import load_benchmark
 from jmedlora.data.prompts import render_prompt
-from jmedlora.evaluation.evaluator import Checkpoint, Evaluator
+from jmedlora.evaluation.evaluator import Evaluator
 from jmedlora.evaluation.metrics import first_line_is_complete, score_response
 from jmedlora.evaluation.opening import AdapterDoesNotFit
 from jmedlora.evaluation.resident import AdapterHasNoEffect
-from jmedlora.evaluation.results import SCORES
+from jmedlora.evaluation.results import SCORES, Checkpoint
 from jmedlora.models.adapters import save_adapter
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.source import materialise

@@ -48,3 +48,34 @@ def test_memory_gives_out_inside_the_forward_pass(family: Any, data_file: Path, 
     assert digests(tmp_path / "short", modest) == digests(tmp_path / "alone", modest)
     assert train(tmp_path / "short", greedy, modest) == [3, 4, 5, 6], "it goes on from its newest state once there is memory"
     assert digests(tmp_path / "short", greedy) == digests(tmp_path / "alone", greedy)
+
+
+def test_memory_gives_out_under_a_pack(data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of three needs too much, also alone: it fails, and the two others lose what their states do not hold, and no more."""
+    specs = [run_spec(data_file, rank=rank, seed=rank, checkpoint_every=2) for rank in (2, 8, 4)]
+    greedy, modest = specs[1], [specs[0], specs[2]]
+    train(tmp_path / "alone", *specs)
+    forward = AnswerLoss.forward
+
+    def short_of_memory(module: AnswerLoss, *arguments: Any) -> Any:
+        losses = forward(module, *arguments)
+        widest = max(weight.shape[0] for name, weight in module.named_parameters() if "lora_A" in name)
+        if widest == greedy.settings.rank and len(curve(tmp_path / "short", greedy)) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return losses
+
+    watching = Watching()
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerLoss, "forward", short_of_memory)
+        storage, hints = Storage(tmp_path / "short"), {greedy.run_key: HINT}
+        outcomes = train_trial(trial_of(*specs, pack=3), storage, tmp_path, True, watching, hints=hints)
+    assert {outcome.run_key: outcome.status for outcome in outcomes} == {
+        modest[0].run_key: "finished", greedy.run_key: "failed", modest[1].run_key: "finished",
+    }  # fmt: skip
+    assert watching.taken == [1, 1, 1, 2, 2, 2, 3, 3, 3, *(3, 4, 5, 6), 3, *(3, 4, 5, 6)]
+    told = read_run(storage, greedy.run_key)
+    assert told is not None and "out of memory" in told["error"] and HINT in told["error"]
+    for spec in modest:
+        for line, wanted in zip(curve(tmp_path / "short", spec), curve(tmp_path / "alone", spec), strict=True):
+            assert line == pytest.approx(wanted, abs=1e-5)
+    assert train(tmp_path / "short", *specs) == [3, 4, 5, 6], "it goes on from its newest state once there is memory"

@@ -10,7 +10,7 @@ import pytest
 
 from jmedlora.plan.layout import ADAPTER_WEIGHTS, STATE_JSON, STATE_TENSORS, Storage
 from jmedlora.plan.records import read_run
-from jmedlora.training import run
+from jmedlora.training import loop
 from jmedlora.training.records import RunRecords
 from tests.integration.processes import run_training_workers
 from tests.integration.training_runs import curve, digests, train
@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint_comes_again(data_file: Path, tmp_path: Path) -> No
 
 def test_a_state_is_written_by_time_between_checkpoints(data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = run_spec(data_file, **SETTINGS)
-    monkeypatch.setattr(run, "STATE_EVERY_S", 0.0)
+    monkeypatch.setattr(loop, "STATE_EVERY_S", 0.0)
     train(tmp_path, spec, kill_at=5)
     folder = Storage(tmp_path).run(spec.run_key)
     assert sorted(folder.states()) == [3, 4]

@@ -19,7 +19,7 @@ from jmedlora.data import patience
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.lease import is_held, run_lease
 from jmedlora.plan.records import read_run
-from jmedlora.training import loop, records, run
+from jmedlora.training import loop, records, trajectory
 from jmedlora.training.loop import train_trial
 from tests.integration.processes import ROOT
 from tests.integration.training_runs import Watching, curve, digests, train, train_until
@@ -57,6 +57,29 @@ def test_a_run_stops_after_its_step_and_goes_on_from_there(stage: int, data_file
     assert not Storage(tmp_path / "stopped").run(second.run_key).run_json.exists()
     assert train(tmp_path / "stopped", first, second) == [6, 1, 2, 3, 4, 5, 6]
     for spec in (first, second):
+        assert digests(tmp_path / "stopped", spec) == digests(tmp_path / "whole", spec)
+        assert curve(tmp_path / "stopped", spec) == curve(tmp_path / "whole", spec)
+
+
+def test_all_of_a_pack_stop_after_their_step_and_go_on_from_there(data_file: Path, tmp_path: Path) -> None:
+    """Of four runs two have ended by then, one of which has made room for the last; those in training go on in one pack again."""
+    specs = [run_spec(data_file, rank=rank, seed=rank, max_steps=steps) for rank, steps in ((2, 2), (4, 6), (8, 7), (1, 4))]
+
+    def train_pack(folder: Path, stop_in: int | None = None) -> dict[str, str]:
+        """Statuses; asked to stop while the second run takes its step `stop_in`."""
+
+        def is_due() -> bool:
+            return stop_in is not None and len(curve(folder, specs[1])) >= stop_in - 1
+
+        outcomes = train_trial(trial_of(*specs, pack=3), Storage(folder), folder, True, Watching(), should_stop=is_due)
+        return {outcome.run_key: outcome.status for outcome in outcomes}
+
+    train_pack(tmp_path / "whole")
+    stopped = train_pack(tmp_path / "stopped", stop_in=5)
+    assert stopped == dict(zip([spec.run_key for spec in specs], ("finished", "interrupted", "interrupted", "interrupted"), strict=True))
+    assert [list(Storage(tmp_path / "stopped").run(spec.run_key).states()) for spec in specs] == [[2], [5], [5], [3]]
+    assert set(train_pack(tmp_path / "stopped").values()) == {"finished"}
+    for spec in specs:
         assert digests(tmp_path / "stopped", spec) == digests(tmp_path / "whole", spec)
         assert curve(tmp_path / "stopped", spec) == curve(tmp_path / "whole", spec)
 
@@ -129,7 +152,7 @@ def test_a_full_disk_is_waited_for(what: str, data_file: Path, tmp_path: Path, m
     train(tmp_path / "whole", spec)
     monkeypatch.setattr(patience, "TRY_EVERY_S", 0.01)
     tried: list[int] = []
-    monkeypatch.setattr(run, what, fail_at_first(3, getattr(run, what), tried))
+    monkeypatch.setattr(trajectory, what, fail_at_first(3, getattr(trajectory, what), tried))
     train(tmp_path / "full", spec)
     assert len(tried) == 4
     told = record(tmp_path / "full", spec.run_key)
@@ -141,17 +164,44 @@ def test_a_full_disk_is_waited_for(what: str, data_file: Path, tmp_path: Path, m
 def test_a_disk_that_stays_full_fails_the_run_and_spares_the_next(data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full, next_one = run_spec(data_file), run_spec(data_file, seed=2)
     monkeypatch.setattr(patience, "WAIT_FOR_SPACE_S", 0.0)
-    monkeypatch.setattr(run, "save_adapter", fail_at_first(1, run.save_adapter, []))
+    monkeypatch.setattr(trajectory, "save_adapter", fail_at_first(1, trajectory.save_adapter, []))
     outcomes = train_trial(trial_of(full, next_one), Storage(tmp_path), tmp_path, True, Watching())
     assert [outcome.status for outcome in outcomes] == ["failed", "finished"]
     assert "No space left on device" in record(tmp_path, full.run_key)["error"]
+
+
+def test_a_disk_that_fills_up_under_a_pack(data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays full for the second checkpoint of one run: each goes on by itself from the first, that run too, once there is room."""
+    specs = [run_spec(data_file, rank=rank, checkpoint_every=2) for rank in (2, 4, 8)]
+    train(tmp_path / "whole", *specs)
+    inner, tried = trajectory.save_adapter, set[Path]()
+    full = Storage(tmp_path / "full").run(specs[1].run_key).checkpoint(4)
+
+    def save(folder: Path, *rest: Any) -> None:
+        if folder == full and full not in tried:
+            tried.add(full)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        inner(folder, *rest)
+
+    monkeypatch.setattr(patience, "WAIT_FOR_SPACE_S", 0.0)
+    monkeypatch.setattr(trajectory, "save_adapter", save)
+    outcomes = train_trial(trial_of(*specs, pack=3), Storage(tmp_path / "full"), tmp_path, True, Watching())
+    assert [outcome.status for outcome in outcomes] == ["finished"] * 3
+    for spec, goes_on_from in zip(specs, (4, 2, 2), strict=True):
+        found, expected = (curve(tmp_path / name, spec) for name in ("full", "whole"))
+        assert [line[0] for line in found] == [1, 2, 3, 4, 5, 6]
+        for line, wanted in zip(found, expected, strict=True):
+            assert line == pytest.approx(wanted, abs=1e-5)
+        told = record(tmp_path / "full", spec.run_key)
+        assert [each["step"] for each in told["resumed"]] == [goes_on_from]
+        assert "trained without others from here on: " in told["notes"][-1] and "No space left on device" in told["notes"][-1]
 
 
 def test_other_errors_of_the_disk_are_not_waited_for(data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(run, "save_adapter", broken)
+    monkeypatch.setattr(trajectory, "save_adapter", broken)
     spec = run_spec(data_file)
     started = time.monotonic()
     outcomes = train_trial(trial_of(spec), Storage(tmp_path), tmp_path, True, Watching())
@@ -175,14 +225,14 @@ def test_a_record_that_half_fits_is_taken_back(tmp_path: Path) -> None:
 
 def test_a_run_out_of_memory_is_told_with_what_would_fit(data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     greedy, modest = run_spec(data_file), run_spec(data_file, seed=2)
-    train_run = loop.train_run
+    inner = loop.training_pack
 
-    def out_of_memory(spec: Any, *rest: Any) -> bool:
-        if spec.run_key == greedy.run_key:
+    def out_of_memory(trajectories: Any, *rest: Any) -> Any:
+        if any(each.lead.run_key == greedy.run_key for each in trajectories):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about it")
-        return train_run(spec, *rest)
+        return inner(trajectories, *rest)
 
-    monkeypatch.setattr(loop, "train_run", out_of_memory)
+    monkeypatch.setattr(loop, "training_pack", out_of_memory)
     hints = {greedy.run_key: "micro_batch_size 1 (now 5)"}
     outcomes = train_trial(trial_of(greedy, modest), Storage(tmp_path), tmp_path, True, Watching(), hints=hints)
     assert [outcome.status for outcome in outcomes] == ["failed", "finished"]

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jmedlora.training.batches import MicroBatch, MiniBatches, divide, epoch_order, group_by_length
+from jmedlora.training.batches import SPLIT_WORTH_TOKENS, MicroBatch, MiniBatches, divide, epoch_order, group_by_length
 
 
 def test_epoch_order_is_fixed_for_all_time() -> None:
@@ -48,29 +48,93 @@ def test_every_epoch_has_every_row_once_and_a_smaller_last_batch(grouping: bool)
     assert batches.rows_of(2) == first[1], "going back gives the same rows"
 
 
+_LENGTHS = st.lists(st.integers(1, 400), min_size=1, max_size=40)
+
+
 @given(
-    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    lengths=st.lists(_LENGTHS, min_size=1, max_size=4),
     workers=st.integers(1, 5),
     size=st.one_of(st.none(), st.integers(1, 9)),
 )
-def test_divide_gives_every_row_once_and_every_worker_the_same_number(lengths: list[int], workers: int, size: int | None) -> None:
-    rows = list(range(len(lengths)))
+def test_divide_gives_every_row_once_and_every_worker_the_same_number(lengths: list[list[int]], workers: int, size: int | None) -> None:
+    rows = [list(range(len(own))) for own in lengths]
     divided = divide(rows, lengths, workers, size)
     assert len(divided) == workers
     assert len({len(share) for share in divided}) == 1
     parts = [part for share in divided for part in share]
-    assert sorted(row for part in parts if part.weight for row in part.rows) == rows
-    assert all(len(part.rows) == 1 for part in parts if not part.weight)
-    assert all(1 <= len(part.rows) <= (size or len(rows)) for part in parts)
-    rounds = [max(lengths[row] for part in parts_now for row in part.rows) for parts_now in zip(*divided, strict=True)]
-    assert rounds == sorted(rounds, reverse=True), "the longest come first"
+    for adapter, own in enumerate(rows):
+        assert sorted(row for part in parts if not part.is_filler for row in part.rows[adapter]) == own
+        assert all(len(part.rows[adapter]) <= (size or len(own)) for part in parts)
+    assert all(len(part.rows) == len(rows) and any(part.rows) for part in parts)
+    rounds = [[part for part in now if not part.is_filler] for now in zip(*divided, strict=True)]
+    assert all(rounds), "nobody waits for fillers alone"
+    longest = [max(_widest(part, lengths) for part in now) for now in rounds]
+    assert longest == sorted(longest, reverse=True), "the longest come first"
+    for now in rounds:
+        counts = [sum(map(len, part.rows)) for part in now]
+        assert max(counts) - min(counts) <= len(rows), "workers have equal shares of a round"
+
+
+def _widest(part: MicroBatch, lengths: list[list[int]]) -> int:
+    return max(known[row] for own, known in zip(part.rows, lengths, strict=True) for row in own)
+
+
+@given(
+    lengths=st.integers(1, 40).flatmap(
+        lambda count: st.lists(st.lists(st.integers(1, 400), min_size=count, max_size=count), min_size=2, max_size=4)
+    ),
+    workers=st.integers(1, 5),
+    size=st.one_of(st.none(), st.integers(1, 9)),
+)
+def test_rows_of_several_adapters_come_in_equal_numbers(lengths: list[list[int]], workers: int, size: int | None) -> None:
+    for share in divide([range(len(own)) for own in lengths], lengths, workers, size):
+        for part in share:
+            assert part.is_filler or len({len(own) for own in part.rows}) == 1
+
+
+def test_a_smaller_mini_batch_takes_the_places_of_the_longest_rows() -> None:
+    lengths = [[9, 8, 7, 6, 5], [4, 6, 5]]
+    (parts,) = divide([range(5), range(3)], lengths, workers=1, micro_batch_size=2)
+    assert parts == [MicroBatch([[0], [1]]), MicroBatch([[1, 2], [2, 0]]), MicroBatch([[3, 4], []])]
 
 
 def test_divide_keeps_rows_of_similar_length_together() -> None:
     lengths = [5, 50, 6, 51, 7, 52]
-    assert divide(range(6), lengths, workers=1, micro_batch_size=3) == [[MicroBatch([5, 3, 1]), MicroBatch([4, 2, 0])]]
+    assert divide([range(6)], [lengths], workers=1, micro_batch_size=3) == [[MicroBatch([[5, 3, 1]]), MicroBatch([[4, 2, 0]])]]
 
 
-def test_a_worker_without_rows_gets_a_weightless_one() -> None:
-    weights = [part.weight for share in divide([7], {7: 3}, workers=2, micro_batch_size=None) for part in share]  # type: ignore[arg-type]
-    assert sorted(weights) == [0.0, 1.0]
+@pytest.mark.parametrize(("short", "adapters", "pieces"), [(7, 1, 1), (8, 1, 2), (3, 2, 1), (4, 2, 2), (2, 3, 1), (3, 3, 2)])
+def test_a_mini_batch_is_cut_where_the_padding_saved_is_worth_it(short: int, adapters: int, pieces: int) -> None:
+    """Rows of 40 tokens and of 8: each short one by itself saves 32 tokens."""
+    lengths = [40, 40, *[8] * short]
+    (parts,) = divide([range(len(lengths))] * adapters, [lengths] * adapters, workers=1, micro_batch_size=None)
+    assert (32 * short * adapters >= SPLIT_WORTH_TOKENS) == (pieces == 2)
+    whole = list(range(len(lengths)))
+    expected = [whole] if pieces == 1 else [whole[:2], whole[2:]]
+    assert parts == [MicroBatch([own] * adapters) for own in expected]
+
+
+@given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=40), adapters=st.integers(1, 4))
+def test_cuts_pay_and_none_that_would_pay_is_left(lengths: list[int], adapters: int) -> None:
+    (parts,) = divide([range(len(lengths))] * adapters, [lengths] * adapters, workers=1, micro_batch_size=None)
+    kept = [[lengths[row] for row in part.rows[0]] for part in parts]
+    for own in kept:
+        assert max((own[0] - own[cut]) * (len(own) - cut) * adapters for cut in range(len(own))) < SPLIT_WORTH_TOKENS
+    taken = adapters * sum(own[0] * len(own) for own in kept)
+    assert taken + SPLIT_WORTH_TOKENS * (len(kept) - 1) <= adapters * max(lengths) * len(lengths)
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_a_worker_without_rows_gets_a_filler(adapters: int) -> None:
+    """One row, of one adapter, and the shortest there is."""
+    lengths = [[9, 3, 5], [4, 2, 1]][:adapters]
+    shares = divide([[0, 1, 2]] * adapters, lengths, workers=4, micro_batch_size=None)
+    parts = [part for share in shares for part in share]
+    assert [part.is_filler for part in parts].count(True) == 1
+    (filler,) = (part for part in parts if part.is_filler)
+    assert filler.rows == [[1], []][:adapters]
+
+
+def test_a_filler_is_of_an_adapter_that_has_rows() -> None:
+    shares = divide([[], [1]], [[5], [7, 8]], workers=2, micro_batch_size=None)
+    assert sorted((part.is_filler, part.rows) for share in shares for part in share) == [(False, [[], [1]]), (True, [[], [1]])]

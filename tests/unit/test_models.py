@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from jmedlora.config.faults import BadInput
@@ -16,9 +17,9 @@ from jmedlora.config.locate import cache_dir
 from jmedlora.config.parts import Architecture, GgufSource, HubSource, ModelConfig, NamedSource, PathSource
 from jmedlora.config.run import RunSettings
 from jmedlora.models.adapters import base_name, save_adapter
-from jmedlora.models.dropout import DropoutContext, KeyedDropout
+from jmedlora.models.dropout import RowsOfAdapter
 from jmedlora.models.load import load_base, load_tokenizer
-from jmedlora.models.lora import attach_lora, target_modules
+from jmedlora.models.lora import AdapterPack, Shape, initial, lora_config, target_modules
 from jmedlora.models.random_models import build_model
 from jmedlora.models.source import SourceMissing, materialise
 from jmedlora.plan.checksums import AdapterDamaged, adapter_digest, verify
@@ -46,8 +47,28 @@ def _with_source(source: Any) -> ModelConfig:
     return tiny_model("llama").model_copy(update={"source": source})
 
 
-def _weights(adapted: PeftModel) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in adapted.named_parameters() if value.requires_grad}
+def _pack(model: PreTrainedModel, *settings: RunSettings, family: Any = "llama") -> AdapterPack:
+    """Fresh adapters, a row for each."""
+    pack = AdapterPack(model, target_modules(model, settings[0], family), [Shape.of(each) for each in settings], CPU)
+    for adapter, each in enumerate(settings):
+        pack.start(adapter, each.seed)
+    pack.enter([RowsOfAdapter([0], 1) for _ in settings])
+    return pack
+
+
+def _weights(pack: AdapterPack, adapter: int = 0) -> dict[str, Tensor]:
+    """Copies of an adapter's weights, at its own rank."""
+    return {name: pack.cut(adapter, name, weight.detach()).clone() for name, weight in pack.parameters_of(adapter).items()}
+
+
+def _bits(model: PreTrainedModel) -> dict[str, bytes]:
+    return {name: bytes(weight.flatten().view(torch.uint8)) for name, weight in model.state_dict().items() if isinstance(weight, Tensor)}
+
+
+@torch.inference_mode()
+def _logits(model: Any, rows: int = 1) -> Tensor:
+    logits: Tensor = model(input_ids=torch.arange(60, 70).repeat(rows, 1)).logits
+    return logits
 
 
 # ---------------------------------------------------------------- sources
@@ -178,12 +199,16 @@ def test_a_missing_pad_token_is_made_up_for(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("precision", ["fp32", "nf4"])
 def test_targets(family: Any, targets: Any, layers: int, precision: str) -> None:
-    adapted = attach_lora(_base(family, precision), _settings(targets=targets, alpha="2r"), family, CPU, DropoutContext(0))
-    weights = _weights(adapted)
+    settings = _settings(targets=targets, alpha="2r")
+    weights = _weights(_pack(_base(family, precision), settings, family=family))
     assert len(weights) == 2 * layers
     assert not any("lm_head" in name or "embed" in name for name in weights)
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
-    assert adapted.peft_config["default"].lora_alpha == 8
+    model = _base(family, precision)
+    config = lora_config(settings, target_modules(model, settings, family))
+    assert config.lora_alpha == 8
+    plain = get_peft_model_state_dict(get_peft_model(model, config))
+    assert {name: weight.shape for name, weight in weights.items()} == {name: weight.shape for name, weight in plain.items()}
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "nonsense"], ["lm_head"], ["embed_tokens"], []])
@@ -192,16 +217,22 @@ def test_targets_that_are_no_linear_layers_are_bad_input(targets: list[str]) -> 
         target_modules(_base(), _settings(targets=targets), "llama")
 
 
+def test_a_start_is_fixed_for_all_time() -> None:
+    # Written down on purpose: another start would make another adapter under the same run key.
+    found = initial("base_model.model.model.layers.0.self_attn.q_proj", rank=2, width=3, seed=1)
+    torch.testing.assert_close(found, torch.tensor([[-0.1367, 0.5600, 0.1938], [0.2587, 0.5135, -0.1961]]), rtol=0, atol=6e-5)
+
+
 def test_lora_starts_from_seed_and_name_alone() -> None:
     torch.manual_seed(1)
-    first = _weights(attach_lora(_base(), _settings(targets="all-linear"), "llama", CPU, DropoutContext(0)))
+    first = _weights(_pack(_base(), _settings(targets="all-linear")))
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    again = _weights(attach_lora(_base(), _settings(), "llama", CPU, DropoutContext(0)))
+    again = _weights(_pack(_base(), _settings()))
     assert torch.equal(torch.get_rng_state(), state)
     assert set(again) < set(first)
     assert all(torch.equal(first[name], weight) for name, weight in again.items())
-    other = _weights(attach_lora(_base(), _settings(seed=1), "llama", CPU, DropoutContext(0)))
+    other = _weights(_pack(_base(), _settings(seed=1)))
     for name, weight in first.items():
         if "lora_B" in name:
             assert not weight.any()
@@ -213,41 +244,99 @@ def test_lora_starts_from_seed_and_name_alone() -> None:
     assert not torch.equal(*starts), "layers differ"
 
 
-def test_adapters_come_off_without_a_trace() -> None:
-    model = _base("gpt_neox")
-    ids = torch.arange(60, 70).view(1, -1)
-    before, names = model(input_ids=ids).logits, [name for name, _ in model.named_parameters()]
-    adapted = attach_lora(model, _settings(dropout=0.5, targets="all-linear"), "gpt_neox", CPU, DropoutContext(0))
-    assert sum(isinstance(module, KeyedDropout) for module in adapted.modules()) == 8
-    adapted.unload()
-    assert torch.equal(model(input_ids=ids).logits, before)
+def test_in_a_pack_each_starts_as_it_does_alone() -> None:
+    settings = [_settings(rank=rank, seed=seed) for rank, seed in ((4, 0), (1, 1), (8, 0))]
+    pack = _pack(_base(), *settings)
+    assert pack.rank == 8 and len(pack) == 3
+    for adapter, each in enumerate(settings):
+        alone = _weights(_pack(_base(), each))
+        for name, weight in _weights(pack, adapter).items():
+            assert torch.equal(weight, alone[name])
+            assert weight.shape[0 if "lora_A" in name else 1] == each.rank
+            whole = pack.parameters_of(adapter)[name].detach()
+            assert torch.equal(whole, pack.padded(name, weight))
+            assert whole.shape[0 if "lora_A" in name else 1] == 8 and whole.count_nonzero() == weight.count_nonzero()
+
+
+def test_weights_are_given_at_an_adapter_s_own_rank() -> None:
+    pack = _pack(_base(), _settings(rank=2), _settings(rank=8))
+    others = _weights(pack, 1)
+    given = {name: torch.randn_like(weight) for name, weight in _weights(pack).items()}
+    pack.fill(0, given)
+    for name, weight in _weights(pack).items():
+        assert torch.equal(weight, given[name])
+        assert pack.parameters_of(0)[name].count_nonzero() == weight.count_nonzero(), "the rest is zero"
+    assert all(torch.equal(weight, others[name]) for name, weight in _weights(pack, 1).items())
+
+
+def test_weights_of_another_adapter_are_refused() -> None:
+    pack = _pack(_base(), _settings(rank=2))
+    weights = _weights(pack)
+    (first, *_), last = weights, list(weights)[-1]
+    with pytest.raises(KeyError, match=first):
+        pack.fill(0, {name: weight for name, weight in weights.items() if name != first})
+    with pytest.raises(KeyError, match="nonsense"):
+        pack.fill(0, weights | {"nonsense": weights[first]})
+    for name, shape in ((first, (3, 32)), (first, (2, 31)), (first, (2, 1)), (last, (32, 3)), (last, (1, 2))):
+        with pytest.raises(ValueError, match=name):
+            pack.fill(0, weights | {name: torch.ones(shape)})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+def test_adapters_come_off_without_a_trace(precision: str) -> None:
+    model = _base("gpt_neox", precision)
+    before = _logits(model)
+    modules, names = dict(model.named_modules()), [name for name, _ in model.named_parameters()]
+    bits = _bits(model)
+    settings = [_settings(dropout=0.5, targets="all-linear", rank=rank) for rank in (4, 2)]
+    pack = _pack(model, *settings, family="gpt_neox")
+    for adapter in range(2):
+        pack.fill(adapter, {name: torch.ones_like(weight) for name, weight in _weights(pack, adapter).items()})
+    assert not torch.equal(_logits(model, rows=2)[:1], before)
+    pack.detach()
+    assert torch.equal(_logits(model), before)
+    assert dict(model.named_modules()) == modules
     assert [name for name, _ in model.named_parameters()] == names
+    assert _bits(model) == bits
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_only_adapters_are_trainable() -> None:
+    model = _base()
+    pack = _pack(model, _settings(rank=4), _settings(rank=2))
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert trainable == {id(weight) for adapter in range(2) for weight in pack.parameters_of(adapter).values()}
 
 
 # ---------------------------------------------------------------- adapter files
 
 
-def _saved(folder: Path, fill: float = 0.01) -> PeftModel:
-    adapted = attach_lora(_base(), _settings(), "llama", CPU, DropoutContext(0))
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.constant_(weight, fill)
-    save_adapter(folder, _weights(adapted), adapted.peft_config["default"], "somebody/model")
-    return adapted.eval()
+def _saved(folder: Path, fill: float = 0.01, precision: Any = "fp32") -> AdapterPack:
+    """An adapter that is written, still in its base and the second of two."""
+    settings = [_settings(rank=rank, alpha=alpha) for rank, alpha in ((8, 16), (4, 2.5))]
+    pack = _pack(_base(precision=precision), *settings)
+    pack.fill(1, {name: torch.full_like(weight, fill) if "lora_B" in name else weight for name, weight in _weights(pack, 1).items()})
+    save_adapter(folder, _weights(pack, 1), lora_config(settings[1], ["v_proj", "q_proj", "k_proj"]), "somebody/model")
+    return pack
 
 
-def test_a_saved_adapter_is_peft_s_own_format(tmp_path: Path) -> None:
-    adapted = _saved(tmp_path / "a" / "step-000001")
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+def test_a_saved_adapter_is_peft_s_own_format(precision: str, tmp_path: Path) -> None:
+    """And PEFT's layers give the same logits with it, within rounding: they sum rank by rank what is summed with zeros here."""
     folder = tmp_path / "a" / "step-000001"
+    pack = _saved(folder, precision=precision)
     assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "checksums.json"]
     assert len({file.stat().st_mode for file in folder.iterdir()}) == 1, "whoever may read one may read all"
     assert [path.name for path in folder.parent.iterdir()] == ["step-000001"]
-    ids = torch.arange(60, 70).view(1, -1)
-    with torch.inference_mode():
-        loaded = PeftModel.from_pretrained(_base(), folder)
-        assert torch.equal(loaded(input_ids=ids).logits, adapted(input_ids=ids).logits)
+    both = _logits(pack.model, rows=2)
+    loaded = PeftModel.from_pretrained(_base(precision=precision), folder)
+    torch.testing.assert_close(_logits(loaded), both[1:], rtol=0, atol=2e-6)
+    base = _logits(_base(precision=precision))
+    assert (both[1:] - base).abs().max() > 1e-3, "the adapter does something"
+    torch.testing.assert_close(both[:1], base, rtol=0, atol=2e-6)  # the first has just been started
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "somebody/model"
+    assert (config["r"], config["lora_alpha"]) == (4, 2.5)
     assert config["target_modules"] == ["k_proj", "q_proj", "v_proj"]
     told = (folder / "adapter_config.json").read_text()
     assert not any(str(path) in told for path in (tmp_path, cache_dir()))
@@ -282,10 +371,10 @@ def test_damage_is_found(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    adapted = _saved(folder)
+    _saved(folder)
     digest = adapter_digest(folder)
     with pytest.raises(Exception, match="NoneType"):
-        save_adapter(folder, {"x": None}, adapted.peft_config["default"], "m")  # type: ignore[dict-item]
+        save_adapter(folder, {"x": None}, lora_config(_settings(), ["q_proj"]), "m")  # type: ignore[dict-item]
     assert adapter_digest(folder) == digest
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 

@@ -53,6 +53,30 @@ def test_a_group_that_is_not_finite_is_left_alone() -> None:
     assert math.isnan(optimizer.param_groups[1]["grad_norm"])
 
 
+def test_a_skipped_step_leaves_weights_and_moments_and_does_not_count() -> None:
+    """Three steps, the second of them skipped, against the first and the third alone; the other group takes all three."""
+    groups, references = [_parameters(0), _parameters(1)], [_parameters(0), _parameters(1)]
+    chosen = {"lr": 0.1, "weight_decay": 0.2, "max_grad_norm": 1.0}
+    optimizer = GroupClippingAdamW([{"params": group, **chosen} for group in groups], sharded=False)
+    alone = [GroupClippingAdamW([{"params": group, **chosen}], sharded=False) for group in references]
+    for each in (optimizer, *alone):
+        each.arm()
+    for step in range(3):
+        skipped = step == 1
+        optimizer.param_groups[0]["is_skipped"] = skipped
+        for place, (group, reference) in enumerate(zip(groups, references, strict=True)):
+            _set_gradients(group, 10.0, step)
+            _set_gradients(reference, 10.0, step)
+            if not (skipped and place == 0):
+                alone[place].step()
+        before = [parameter.detach().clone() for parameter in groups[0]]
+        optimizer.step()
+        assert all(torch.equal(parameter, old) for parameter, old in zip(groups[0], before, strict=True)) == skipped
+        for group, reference in zip(groups, references, strict=True):
+            assert all(torch.equal(parameter, expected) for parameter, expected in zip(group, reference, strict=True))
+    assert [int(optimizer.state[group[0]]["step"]) for group in groups] == [2, 3]
+
+
 def test_steps_before_arming_leave_no_trace() -> None:
     parameters = _parameters(0)
     optimizer = GroupClippingAdamW([{"params": parameters, "lr": 0.1, "weight_decay": 0.5}], sharded=False)
