@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,7 +45,17 @@ def plan(sweep: SweepArgument, overrides: Overrides = None, as_json: AsJson = Fa
 
 def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = None) -> None:
     """Run a sweep, or go on with it: train, evaluate, track, report."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, from the beginning
+    from jmedlora.orchestrator.stopping import interruptible
+
+    interruptible()
+    try:
+        _sweep(sweep, overrides, address)
+    except KeyboardInterrupt:  # before or after the work itself
+        print("interrupted; the same command goes on from here")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _sweep(sweep: str, overrides: list[str] | None, address: str | None) -> None:
     from jmedlora.plan.planner import open_sweep
 
     config, planned = open_sweep(sweep, overrides)
@@ -66,16 +75,15 @@ def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = 
     # what can be wrong is known by now: from here on the heavy libraries are worth their time
     from jmedlora.orchestrator.driver import run_sweep
     from jmedlora.orchestrator.ledger import HeldByAnother
+    from jmedlora.orchestrator.stopping import check_interrupts
 
     console = page()
+    check_interrupts()
     try:
         outcome = run_sweep(config, planned, address, console)
     except HeldByAnother as held:
         print(f"jmedlora: sweep {planned.sweep} is {held}", file=sys.stderr)
         raise typer.Exit(HELD) from None
-    except KeyboardInterrupt:  # before or after the work itself
-        print("interrupted; the same command goes on from here")
-        raise typer.Exit(INTERRUPTED) from None
     except OSError as error:  # a disk that is full, or that fails
         print(f"jmedlora: sweep {planned.sweep} stopped: {error}; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(FAILED) from None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
@@ -39,11 +41,23 @@ class Chances:
 
 
 class Masks(NamedTuple):
-    """The masks of one layer for a micro-batch of B rows: `keep` (B or, where every adapter has the same, rows of one, T, C) bool."""
+    """The masks of one layer for a micro-batch: of each row or, where every adapter has the same, of the rows of one."""
 
     keep: Tensor
+    """(B, T, C) bool; on a GPU the keys it follows from, (B,) int32."""
     scale: Tensor
     """(B, 1, 1): what kept values are multiplied by."""
+    thresholds: Tensor
+    """(B,) int32; see `keep_mask`."""
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """rows * keep * scale, (B, T, C)."""
+        if self.keep.dim() == 1:
+            from jmedlora.models.dropout_kernel import apply_keyed
+
+            return apply_keyed(rows, self.keep, self.thresholds, self.scale)
+        repeats = len(rows) // len(self.keep)
+        return (rows.reshape(repeats, *self.keep.shape) * self.keep).mul_(self.scale).view(rows.shape)
 
 
 class KeyedDropout:
@@ -80,7 +94,14 @@ class KeyedDropout:
         """For one layer and rows of `positions` tokens and `channels` values each."""
         if self._keys is None:
             raise RuntimeError("dropout masks asked for before KeyedDropout.enter")
-        return Masks(keep_mask(self._keys[layer], positions, channels, self._thresholds), self._scale.to(dtype))
+        keys = self._keys[layer]
+        keep = keys if _has_kernel(keys.device) else keep_mask(keys, positions, channels, self._thresholds)
+        return Masks(keep, self._scale.to(dtype), self._thresholds)
+
+
+@lru_cache
+def _has_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 def keep_mask(keys: Tensor, positions: int, channels: int, thresholds: Tensor) -> Tensor:

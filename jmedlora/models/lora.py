@@ -76,9 +76,17 @@ class AdapterPack:
     """
 
     def __init__(
-        self, model: PreTrainedModel, targets: Sequence[str], shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype | None = None
+        self,
+        model: PreTrainedModel,
+        targets: Sequence[str],
+        shapes: Sequence[Shape],
+        device: torch.device,
+        dtype: torch.dtype | None = None,
     ):
-        """targets: names of linear layers, whole or their last parts. Weights are zero, on `device`, in fp32 or more unless `dtype` says else."""
+        """targets: names of linear layers, whole or their last parts.
+
+        Weights are zero, on `device`, in fp32 or more unless `dtype` says else.
+        """
         dtype = dtype or torch.promote_types(model.dtype, torch.float32)
         self.model = model
         self.shapes = list(shapes)

@@ -127,7 +127,7 @@ class _LowRank(torch.autograd.Function):
         layout = batch.layout
         if layout is None:
             raise RuntimeError("a packed layer was called before its pack was told which rows belong to which adapter")
-        dropped = rows if masks is None else _mask(rows, masks)
+        dropped = rows if masks is None else masks.apply(rows)
         narrow = torch.bmm(layout.group(dropped), layer.down().transpose(1, 2)).mul_(batch.scaling.to(rows.dtype))
         ctx.save_for_backward(dropped, narrow, *(masks or ()))
         ctx.layer, ctx.batch, ctx.layout, ctx.has_masks = layer, batch, layout, masks is not None
@@ -149,15 +149,9 @@ class _LowRank(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_rows = layout.ungroup(torch.bmm(of_narrow, layer.down()), dropped.shape[1])
             if masks:
-                of_rows = _mask(of_rows, Masks(*masks))
+                of_rows = Masks(*masks).apply(of_rows)
         for adapter in batch.muted:
             of_down[adapter].zero_()
             of_up[adapter].zero_()
         return gradient, of_rows, None, None, None, *of_down.unbind(0), *of_up.unbind(0)
 
-
-def _mask(rows: Tensor, masks: Masks) -> Tensor:
-    """rows * keep * scale; masks of fewer rows hold for every adapter's rows alike."""
-    repeats = len(rows) // len(masks.keep)
-    grouped = rows.reshape(repeats, *masks.keep.shape)
-    return (grouped * masks.keep).mul_(masks.scale).view(rows.shape)

@@ -34,7 +34,7 @@ from jmedlora.orchestrator.order import InOrder
 from jmedlora.orchestrator.progress import ProgressDisplay
 from jmedlora.orchestrator.rebuild import changes_of
 from jmedlora.orchestrator.scheduling import remaining_trials
-from jmedlora.orchestrator.stopping import StopMarker, graceful
+from jmedlora.orchestrator.stopping import INTERRUPTED, StopMarker, graceful
 from jmedlora.orchestrator.tracker_actor import TrackerActor
 from jmedlora.orchestrator.trials import SweepContext, run_trial
 from jmedlora.plan.costs import concurrent_trials
@@ -50,7 +50,7 @@ from jmedlora.tracking.location import tracking_uri
 
 log = logging.getLogger(__name__)
 
-DONE, SOME_FAILED, INTERRUPTED = 0, 1, 130
+DONE, SOME_FAILED = 0, 1
 CLOSE_TRACKING_S = 3700.0
 """Above what the tracker allows itself."""
 TRIAL_DRIVER_DEATHS = 5

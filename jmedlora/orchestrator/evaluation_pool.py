@@ -72,8 +72,8 @@ class EvaluationActor:
                         waiting.append(checkpoint)
                 if waiting:
                     scored = self._resident_evaluator(base).evaluate_together(waiting, evaluation, self._storage, len(waiting))
-                    for checkpoint, outcome in zip(waiting, scored, strict=True):
-                        outcomes[checkpoint] = Trouble.of(outcome) if isinstance(outcome, Exception) else outcome
+                    told = (Trouble.of(outcome) if isinstance(outcome, Exception) else outcome for outcome in scored)
+                    outcomes |= zip(waiting, told, strict=True)
             return [outcomes[checkpoint] for checkpoint in checkpoints]
         finally:
             self._tracker.evaluation_ended.remote(self._name, None)

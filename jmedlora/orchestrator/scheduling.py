@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from jmedlora.orchestrator.ledger import run_status
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.specs import Plan, RunSpec, TrialSpec
@@ -13,6 +15,17 @@ Mark = tuple[tuple[int, int], ...]
 def remaining_trials(plan: Plan, storage: Storage) -> list[TrialSpec]:
     """The trials of which a run is not finished; runs that failed earlier are among what is tried again."""
     return [trial for trial in plan.trials if any(run_status(run, storage) != "finished" for run in trial.runs)]
+
+
+def trial_of_what_is_left(trial: TrialSpec, left: Sequence[RunSpec], failed: Collection[str]) -> TrialSpec:
+    """The trial with the runs that are to be trained, and those of their trajectories that are done: these need not be trained again then.
+
+    failed: keys of runs that are not to be begun again.
+    """
+    keys = {run.run_key for run in left}
+    shared = {run.trajectory_key for run in left} if trial.share_prefixes else set()
+    wanted = [run for run in trial.runs if run.run_key in keys or (run.trajectory_key in shared and run.run_key not in failed)]
+    return trial.model_copy(update={"runs": wanted})
 
 
 def progress_mark(trial: TrialSpec, storage: Storage) -> Mark:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from jmedlora.data.atomic import write_text
 from jmedlora.plan.layout import SweepFolder
 
 LOOK_EVERY_S = 0.5
+INTERRUPTED = 130
+"""Exit code of what was asked to stop."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -40,6 +43,31 @@ class StopMarker:
         self._path.unlink(missing_ok=True)
 
 
+class _Early:
+    """Signals that came before `graceful` was there to answer them."""
+
+    count = 0
+
+
+def interruptible() -> None:
+    """From here on SIGINT and SIGTERM raise KeyboardInterrupt, and the second of them ends the process at once."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        _Early.count += 1
+        if _Early.count > 1:
+            os._exit(INTERRUPTED)
+        raise KeyboardInterrupt
+
+    for number in _SIGNALS:
+        signal.signal(number, on_signal)
+
+
+def check_interrupts() -> None:
+    """Raises KeyboardInterrupt where one was raised before and something on the way has swallowed it, as libraries do at import."""
+    if _Early.count:
+        raise KeyboardInterrupt
+
+
 @contextmanager
 def graceful(ask: Callable[[], None]) -> Iterator[None]:
     """The first SIGINT or SIGTERM calls `ask`; the next raises KeyboardInterrupt."""
@@ -54,6 +82,7 @@ def graceful(ask: Callable[[], None]) -> Iterator[None]:
 
     previous = {number: signal.signal(number, on_signal) for number in _SIGNALS}
     try:
+        check_interrupts()
         yield
     finally:
         for number, handler in previous.items():

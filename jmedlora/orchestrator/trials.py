@@ -26,7 +26,7 @@ from jmedlora.orchestrator.errors import is_refusal, last_line
 from jmedlora.orchestrator.evaluation_pool import EvaluationPool
 from jmedlora.orchestrator.ledger import all_jobs, run_status
 from jmedlora.orchestrator.places import free_abandoned_places
-from jmedlora.orchestrator.scheduling import Retries, progress_mark
+from jmedlora.orchestrator.scheduling import Retries, progress_mark, trial_of_what_is_left
 from jmedlora.orchestrator.stopping import StopMarker
 from jmedlora.plan.layout import Storage
 from jmedlora.plan.lease import is_held
@@ -68,7 +68,17 @@ class SweepContext:
         """A pool over the evaluations of some runs and bases."""
         jobs = [job for job in all_jobs(self.plan) if job.run_key in run_keys]
         return EvaluationPool(
-            jobs, self.storage, Path(self.sources), self.offline, self.resources, self.tracker, self.names, actors, cpus, gpus
+            jobs,
+            self.storage,
+            Path(self.sources),
+            self.offline,
+            self.resources,
+            self.tracker,
+            self.names,
+            actors,
+            cpus,
+            gpus,
+            self.plan.pack,
         )
 
 
@@ -149,7 +159,7 @@ class _Trial:
         When the sweep is to stop while the group waits for its place or loads the base model, it is not waited for.
         """
         free_abandoned_places()
-        trainer = self._trainer(self._trial.model_copy(update={"runs": runs}))
+        trainer = self._trainer(trial_of_what_is_left(self._trial, runs, self._failed))
         for run in runs[: self._trial.pack]:
             self._context.tracker.run_starting.remote(run.run_key)
         ended: list[Any] = []

@@ -9,7 +9,6 @@ from typing import Literal
 from jmedlora.config.benchmark import BenchmarkConfig, PromptConfig
 from jmedlora.config.compose import load_sweep
 from jmedlora.config.data import DataConfig
-from jmedlora.config.digest import key_of
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.parts import Architecture, MethodConfig, ModelConfig, Precision
 from jmedlora.config.run import RunSettings

@@ -107,7 +107,7 @@ def p_spelling(p: float) -> str:
 
 
 def cost_rows(results: Results) -> list[dict[str, Any]]:
-    """Seconds, tokens and GPU-hours of each run and base; GPU-hours are those reserved while it trained, divided among runs that trained together."""
+    """Seconds, tokens and GPU-hours of each run and base; GPU-hours: those reserved, divided among what trained together."""
     return [
         {
             "run_key": result.run_key,

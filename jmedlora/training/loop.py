@@ -95,22 +95,25 @@ class _Trial:
         self.outcomes: dict[str, RunOutcome] = {}
         self.is_stopping = False
         self.places = self.trial.pack
+        self.leases = ExitStack()
+        """Gives all runs free, however the trial ends."""
 
     def train(self) -> list[RunOutcome]:
         """Trains until all is done or the trial is to stop; outcomes are in the order in which runs ended."""
         waiting = deque(trajectories_of(self.trial.runs, self.trial.share_prefixes))
         training: list[Trajectory] = []
-        while waiting or training:
-            if not training and self._agreed(self.should_stop()):
-                break
-            while waiting and len(training) < self.places and _fits(waiting[0], training):
-                if (opened := self._open(waiting.popleft())) is not None:
-                    training.append(opened)
-            if training:
-                training, again = self._train_together(training)
-                waiting.extendleft(reversed(again))
-            if self.is_stopping:
-                break
+        with self.leases:
+            while waiting or training:
+                if not training and self._agreed(self.should_stop()):
+                    break
+                while waiting and len(training) < self.places and _fits(waiting[0], training):
+                    if (opened := self._open(waiting.popleft())) is not None:
+                        training.append(opened)
+                if training:
+                    training, again = self._train_together(training)
+                    waiting.extendleft(reversed(again))
+                if self.is_stopping:
+                    break
         return list(self.outcomes.values())
 
     # -- a trajectory's beginning
@@ -123,6 +126,7 @@ class _Trial:
                 self.outcomes[spec.run_key] = RunOutcome(spec.run_key, "finished", skipped=True)
                 continue
             holds = ExitStack()
+            self.leases.callback(holds.close)
             folder = self.storage.run(spec.run_key)
             if held := self._lease(folder, holds):
                 self.outcomes[spec.run_key] = RunOutcome(spec.run_key, "held", held, skipped=True)
@@ -134,12 +138,7 @@ class _Trial:
         if not members:
             return None
         if self.base is None:
-            try:
-                self.base = self._load(members[0].spec)
-            except BaseException:
-                for member in members:
-                    member.holds.close()
-                raise
+            self.base = self._load(members[0].spec)
         return self._begin(specs, members, self.base)
 
     def _begin(self, specs: list[RunSpec], members: list[Member], base: BaseModel) -> Trajectory | None:
@@ -227,7 +226,7 @@ class _Trial:
 
     def _broken(self, training: list[Trajectory], reason: Exception) -> list[list[RunSpec]]:
         """After an error that hit all of a pack: its runs are begun again one by one, from what is stored; one alone has failed."""
-        if len(training) == 1 or self.worker.workers > 1 and not isinstance(reason, StepDropped):
+        if len(training) == 1 or (self.worker.workers > 1 and not isinstance(reason, StepDropped)):
             for each in training:
                 self._failed(each, reason)
                 self._take_outcomes(each)

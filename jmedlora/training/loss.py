@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+
+class Row(NamedTuple):
+    """A row to train on: its tokens (int32), of which the first `prompt_length` are the prompt."""
+
+    tokens: np.ndarray
+    prompt_length: int
 
 
 class Collated(NamedTuple):
@@ -28,19 +36,23 @@ def labelled_tokens(length: int, prompt_length: int) -> int:
     return length - max(prompt_length, 1)
 
 
-def collate(rows: Sequence[Sequence[Mapping[str, Any]]], pad_token: int, device: torch.device, is_filler: bool = False) -> Collated:
-    """rows: of each adapter, `input_ids` and `prompt_length` of its rows of the micro-batch; of a filler, nothing belongs to an answer."""
-    width = max(len(row["input_ids"]) for own in rows for row in own)
-    input_ids = torch.full((sum(map(len, rows)), width), pad_token, dtype=torch.int64)
+def collate(rows: Sequence[Sequence[Row]], pad_token: int, device: torch.device, is_filler: bool = False) -> Collated:
+    """rows: those of each adapter; of a filler, nothing belongs to an answer."""
+    flat = [(adapter, row) for adapter, own in enumerate(rows) for row in own]
+    width = max(len(row.tokens) for _, row in flat)
+    input_ids = np.full((len(flat), width), pad_token, dtype=np.int64)
     positions, targets, adapters = [], [], []
-    for place, (adapter, row) in enumerate((adapter, row) for adapter, own in enumerate(rows) for row in own):
-        ids = torch.as_tensor(row["input_ids"], dtype=torch.int64)
-        first = len(ids) if is_filler else max(int(row["prompt_length"]), 1)
-        input_ids[place, : len(ids)] = ids
-        positions.append(torch.arange(first - 1, len(ids) - 1) + place * width)
-        targets.append(ids[first:])
-        adapters.append(torch.full((len(ids) - first,), adapter))
-    return Collated(input_ids.to(device), *(torch.cat(parts).to(device) for parts in (positions, targets, adapters)))
+    for place, (adapter, (tokens, prompt_length)) in enumerate(flat):
+        first = len(tokens) if is_filler else max(prompt_length, 1)
+        input_ids[place, : len(tokens)] = tokens
+        positions.append(np.arange(first - 1, len(tokens) - 1) + place * width)
+        targets.append(tokens[first:])
+        adapters.append(np.full(len(tokens) - first, adapter))
+    return Collated(*(torch.from_numpy(_joined(parts)).to(device) for parts in ([input_ids], positions, targets, adapters)))
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts).astype(np.int64, copy=False)
 
 
 class AnswerLoss(nn.Module):

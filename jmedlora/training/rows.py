@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import datasets
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +16,7 @@ from jmedlora.data.prompts import prompt_digest
 from jmedlora.data.tokenisation import tokenise_rows
 from jmedlora.plan.specs import RunSpec
 from jmedlora.training.batches import MiniBatches
-from jmedlora.training.loss import labelled_tokens
+from jmedlora.training.loss import Row, labelled_tokens
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 
@@ -52,10 +50,14 @@ class TrainingSet:
         identity = key_of(
             {"data": loaded.digest, "tokenizer": base.tokenizer_digest, "prompt": prompt_digest(spec.prompt), "limits": limits}
         )
-        self._rows: datasets.Dataset = tokenise_rows(loaded.rows, spec.prompt, base.tokenizer, identity, *limits, cache_dir())
+        # held for its memory map, which the arrays below are views of
+        self._rows = tokenise_rows(loaded.rows, spec.prompt, base.tokenizer, identity, *limits, cache_dir())
         table = self._rows.data
-        lengths = [chunk.value_lengths().to_numpy() for chunk in table["input_ids"].chunks]
-        self.lengths: np.ndarray = np.concatenate(lengths).astype(np.int64)
+        chunks = table["input_ids"].chunks
+        self._tokens = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in chunks]
+        self._starts = np.cumsum([0, *map(len, chunks)])
+        """The first row of each chunk."""
+        self.lengths: np.ndarray = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks]).astype(np.int64)
         self._prompt_lengths: np.ndarray = table["prompt_length"].to_numpy().astype(np.int64)
         self.truncated = int(table["truncated"].to_numpy().sum())
         settings = spec.settings
@@ -71,6 +73,10 @@ class TrainingSet:
         """All tokens of these rows."""
         return int(self.lengths[rows].sum())
 
-    def take(self, rows: list[int]) -> list[dict[str, Any]]:
-        """`input_ids` and `prompt_length` of rows."""
-        return [self._rows[row] for row in rows]
+    def take(self, rows: list[int]) -> list[Row]:
+        """Tokens of rows."""
+        found = []
+        for row, chunk in zip(rows, np.searchsorted(self._starts, rows, side="right") - 1, strict=True):
+            (offsets, values), place = self._tokens[chunk], row - self._starts[chunk]
+            found.append(Row(values[offsets[place] : offsets[place + 1]], int(self._prompt_lengths[row])))
+        return found

@@ -59,7 +59,9 @@ def find_beginning(specs: Sequence[RunSpec], unfinished: Collection[str], storag
         if problem := _first_lost(needed, folders):
             passed_over.append(told_passed_over(state.folder, problem))
             continue
-        copied = {spec.run_key: _complete(spec, needed[spec.run_key], folders, owner, state.step) for spec in specs if spec.run_key in steps}
+        copied = {
+            spec.run_key: _complete(spec, needed[spec.run_key], folders, owner, state.step) for spec in specs if spec.run_key in steps
+        }
         return Beginning(state.step, state.folder, {key: [*passed_over, *told] for key, told in copied.items()}, steps)
     return Beginning(0, None, {run_key: list(passed_over) for run_key in steps}, steps)
 
@@ -148,7 +150,10 @@ class Trajectory:
                 member.records.add_step({**record, "shared_by": len(self.members)} if len(self.members) > 1 else record)
 
     def save(self, adapter: Callable[[], dict[str, Tensor]], state: Callable[[], dict[str, Tensor]], wants_state: bool) -> None:
-        """Writes what is due after a step: checkpoints, states, the ends of runs. adapter, state: give the tensors, on all workers alike."""
+        """Writes what is due after a step: checkpoints, states, the ends of runs.
+
+        adapter, state: give the tensors, on all workers alike.
+        """
         due = [member for member in self.members if self.step in member.checkpoint_steps]
         if due:
             tensors = adapter()

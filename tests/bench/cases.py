@@ -145,6 +145,26 @@ def timing_cases(tiny: bool) -> list[Case]:
     ]
 
 
+LLAMA_0_5B = Architecture(layers=24, hidden_size=1024, intermediate_size=4096, heads=16, kv_heads=16, vocabulary=32000, max_positions=4096)
+LLAMA_1_5B = Architecture(layers=28, hidden_size=1536, intermediate_size=8960, heads=12, kv_heads=12, vocabulary=32000, max_positions=4096)
+
+
+def pack_cases(tiny: bool) -> dict[str, list[Case]]:
+    """Packs of 1, 4 and 8 adapters over one base, by base; steps of few tokens, where packing ought to pay, and of many."""
+    shapes = {"0.5b": LLAMA_0_5B, "1.5b": LLAMA_1_5B, "7b": LLAMA_7B}
+    lora = {"precision": "bf16", "compute": "bf16", "targets": "all-linear", "rank": 16, "dropout": 0.05, "accumulated": 1}
+    found = {}
+    for name, shape in {"tiny": TINY_LLAMA}.items() if tiny else shapes.items():
+        for precision in ("bf16", "nf4") if name in ("tiny", "7b") else ("bf16",):
+            base = Case(name, "llama", shape, **{**lora, "precision": precision, "checkpointing": name == "7b"})  # type: ignore[arg-type]
+            found[f"{name} {precision}"] = [
+                base.changed(rows=rows, input_tokens=tokens, target_tokens=64, adapters=adapters)
+                for rows, tokens in ((1, 64), (4, 64), (4, 448))
+                for adapters in (1, 4, 8)
+            ]
+    return found
+
+
 _LLAMA = Architecture(layers=6, hidden_size=320, intermediate_size=880, heads=8, kv_heads=4, vocabulary=2048, max_positions=1024)
 _NEOX = Architecture(layers=6, hidden_size=320, intermediate_size=1280, heads=8, kv_heads=8, vocabulary=2048, max_positions=1024)
 

@@ -24,10 +24,10 @@ from jmedlora.models.random_models import random_base
 from jmedlora.plan.memory import GIGABYTE, memory_of
 from jmedlora.training.process import Worker, ensure_process_group, this_worker
 from tests.bench import gpu_checks, gpu_timing
-from tests.bench.cases import Case, memory_cases, timing_cases
+from tests.bench.cases import Case, memory_cases, pack_cases, timing_cases
 from tests.bench.rig import rig_of
 
-SECTIONS = ("correctness", "memory", "timing")
+SECTIONS = ("correctness", "memory", "timing", "packs")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "numpy")
 
 
@@ -148,6 +148,19 @@ def timing(rows: Rows, worker: Worker, tiny: bool, match: str) -> None:
         rows.add("generation", lambda n=name: gpu_timing.compare_generation(n, tiny, worker), case=name)
 
 
+def packs(rows: Rows, worker: Worker, tiny: bool, match: str) -> None:
+    """Steps of 1, 4 and 8 adapters over one base against as many steps of a plain loop."""
+    for name, cases in pack_cases(tiny).items():
+        if match not in name:
+            continue
+        free_memory()
+        first = cases[0]
+        base = random_base(first.family, first.shape, first.precision, first.compute, True, worker.device)
+        for case in cases:
+            tokens = case.input_tokens + case.target_tokens
+            rows.add("packs", lambda c=case, b=base: gpu_timing.compare_steps(c, worker, 3, b), case=str(case), tokens=tokens)
+
+
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -170,6 +183,8 @@ def main() -> None:
         memory(rows, worker, asked.tiny, asked.match)
     if "timing" in wanted:
         timing(rows, worker, asked.tiny, asked.match)
+    if "packs" in wanted:
+        packs(rows, worker, asked.tiny, asked.match)
     torch.distributed.destroy_process_group()
 
 

@@ -26,12 +26,12 @@ NEW_TOKENS = 32
 BATCH = 16
 
 
-def compare_steps(case: Case, worker: Worker, steps: int) -> dict[str, Any]:
+def compare_steps(case: Case, worker: Worker, steps: int, base: PreTrainedModel | None = None) -> dict[str, Any]:
     """Median seconds of a step, ours and a plain loop's, over rounds of `steps` in turns (ABAB).
 
     A plain loop trains one adapter at a time: its step has the tokens of one.
     """
-    base = random_base(case.family, case.shape, case.precision, case.compute, True, worker.device)
+    base = base or random_base(case.family, case.shape, case.precision, case.compute, True, worker.device)
     taken: dict[str, list[float]] = {"ours": [], "plain": []}
     tokens = 0
     for _ in range(ROUNDS):

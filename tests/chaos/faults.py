@@ -95,14 +95,14 @@ def _lose_power(world: World, cluster: Cluster, sweeps: list[Sweep]) -> str | No
 
 def _damage_training(world: World, cluster: Cluster, sweeps: list[Sweep]) -> str | None:
     """The newest state or checkpoint of a run in training is damaged, and its worker killed."""
-    workers = [process for process in _workers(world) if _damageable(cluster.folder_in_hand(process))]
-    if not workers:
+    places = [
+        (process, files) for process in _workers(world) for folder in cluster.folders_in_hand(process) if (files := _damageable(folder))
+    ]
+    if not places:
         return None
-    process = world.rng.choice(workers)
-    folder = cluster.folder_in_hand(process)
-    assert folder is not None
+    process, files = world.rng.choice(places)
     process.kill()
-    return _damage(world, world.rng.choice(_damageable(folder)))
+    return _damage(world, world.rng.choice(files))
 
 
 def _damage_result(world: World, cluster: Cluster, sweeps: list[Sweep]) -> str | None:
@@ -142,9 +142,7 @@ def _workers(world: World) -> list[Process]:
     return [process for process in world.processes if process.kind == "worker" and not process.is_over and not process.is_dead]
 
 
-def _damageable(folder: RunFolder | None) -> list[Path]:
-    if folder is None:
-        return []
+def _damageable(folder: RunFolder) -> list[Path]:
     newest = [path for _, path in sorted(folder.states().items())[-1:]]
     found = [path / name for path in newest for name in (STATE_TENSORS, STATE_TENSORS, STATE_TENSORS, STATE_JSON)]
     found += [folder.checkpoint(step) / name for step in folder.committed_steps()[-1:] for name in (ADAPTER_WEIGHTS, CHECKSUMS)]

@@ -23,15 +23,16 @@ from jmedlora.orchestrator import driver, evaluation_pool, stopping, trials
 from jmedlora.orchestrator.errors import last_line
 from jmedlora.orchestrator.evaluation_queue import EvaluationQueue
 from jmedlora.orchestrator.ledger import Job, run_status
+from jmedlora.orchestrator.scheduling import trial_of_what_is_left
 from jmedlora.orchestrator.tracker_actor import TrackerActor
 from jmedlora.orchestrator.trials import SweepContext, run_trial
 from jmedlora.plan import lease
-from jmedlora.plan.layout import RunFolder
+from jmedlora.plan.layout import RunFolder, Storage
 from jmedlora.plan.records import Record
 from jmedlora.plan.specs import RunSpec, TrialSpec
 from jmedlora.report import writer as report_writer
 from jmedlora.tracking import mlflow_tracker, writer
-from jmedlora.training import loop, run
+from jmedlora.training import loop
 from jmedlora.training.loop import train_trial
 from tests.chaos.mlflow_server import Line
 from tests.chaos.work import Work
@@ -174,7 +175,7 @@ class Cluster:
         """Workers that were asked to go."""
         self.stoppable: dict[Process, Callable[[], None]] = {}
         """How to ask a driver to stop."""
-        self._in_hand: dict[Process, RunFolder] = {}
+        self._in_hand: dict[Process, dict[str, RunFolder]] = {}
         self._actors: list[Actor] = []
 
     @contextmanager
@@ -211,9 +212,10 @@ class Cluster:
             (journal, {"time": world}),
             (lease, {"time": world, "_POLL_S": self._poll_s}),
             (patience, {"time": world}),
-            (loop, {"this_worker": work.this_worker, "_load": work.load_base}),
+            (loop, {"time": world, "this_worker": work.this_worker, "target_modules": work.target_modules}),
             (loop, {"dist": SimpleNamespace(broadcast_object_list=lambda *_, **__: None)}),
-            (run, {"time": world, "_TrainingSet": work.TrainingSet, "_adapter": work.adapter, "_train_step": work.train_step}),
+            (loop, {"training_pack": work.training_pack, "TrainingSet": work.TrainingSet}),
+            (loop._Trial, {"_load": work.load_base}),
         ]
         with ExitStack() as stack, world.hooks():
             for module, names in replaced:
@@ -251,12 +253,8 @@ class Cluster:
 
     def listener(self, context: SweepContext) -> _Listener:
         """For a worker."""
-
-        def on_start(run_key: str) -> None:
-            assert self.world.current is not None
-            self._in_hand[self.world.current] = context.storage.run(run_key)
-
-        return _Listener(context.tracker, on_start)
+        assert self.world.current is not None
+        return _Listener(context.tracker, context.storage, self._in_hand.setdefault(self.world.current, {}))
 
     # -- what faults ask
 
@@ -264,9 +262,9 @@ class Cluster:
         """False for an actor that waits for something to do."""
         return not any(actor.process is process and actor.is_idle for actor in self._actors)
 
-    def folder_in_hand(self, process: Process) -> RunFolder | None:
-        """The run that a worker trains now."""
-        return self._in_hand.get(process)
+    def folders_in_hand(self, process: Process) -> list[RunFolder]:
+        """The runs that a worker trains now."""
+        return list(self._in_hand.get(process, {}).values())
 
 
 class SimulatedThreading:
@@ -362,8 +360,9 @@ def _start_group(cluster: Cluster) -> Callable[..., list[tuple[str, str, str | N
 
     def start_group(self: Any, runs: list[RunSpec]) -> list[tuple[str, str, str | None]]:
         context: SweepContext = self._context
-        trial = self._trial.model_copy(update={"runs": runs})
-        context.tracker.run_starting.remote(runs[0].run_key)
+        trial = trial_of_what_is_left(self._trial, runs, self._failed)
+        for run in runs[: trial.pack]:
+            context.tracker.run_starting.remote(run.run_key)
         started: list[Process] = []
 
         def should_stop() -> bool:
@@ -386,13 +385,13 @@ def _start_group(cluster: Cluster) -> Callable[..., list[tuple[str, str, str | N
 
 
 class _Listener:
-    """Passes on what the training loop tells. on_start: called with the run that a worker begins or goes on with."""
+    """Passes on what the training loop tells, and notes the runs that a worker has in its hands."""
 
-    def __init__(self, tracker: Any, on_start: Callable[[str], None]):
-        self._tracker, self._on_start = tracker, on_start
+    def __init__(self, tracker: Any, storage: Storage, in_hand: dict[str, RunFolder]):
+        self._tracker, self._storage, self._in_hand = tracker, storage, in_hand
 
     def on_run_start(self, run_key: str, total_steps: int) -> None:
-        self._on_start(run_key)
+        self._in_hand[run_key] = self._storage.run(run_key)
         self._tracker.run_started.remote(run_key, total_steps)
 
     def on_step(self, run_key: str, record: Record) -> None:
@@ -402,4 +401,5 @@ class _Listener:
         """The pool finds it in storage."""
 
     def on_run_end(self, run_key: str, status: str, error: str | None) -> None:
+        self._in_hand.pop(run_key, None)
         self._tracker.run_ended.remote(run_key, status, error)

@@ -34,9 +34,10 @@ from tests.chaos.work import Work
 from tests.chaos.world import Process, Stuck, World
 
 SWEEPS = {
-    "first": "grid: {model: [tiny-llama], method: [lora], rank: [8, 4], epochs: [2, 1]}",
-    "second": "grid: {model: [tiny-llama], method: [lora], rank: [8], epochs: [2, 3]}",
+    "first": "grid: {model: [tiny-llama], method: [lora], rank: [8, 4], epochs: [2, 1]}\npack: 2",
+    "second": "grid: {model: [tiny-llama], method: [lora], rank: [8], epochs: [2, 3]}\npack: 1\nshare_prefixes: false",
 }
+"""Two trajectories of two runs each, in one pack; and two runs by themselves, one of them among those."""
 _COMMON = """
 data: sample
 benchmarks: [{preset: sample, filters: {first: 6}}]

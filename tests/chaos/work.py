@@ -2,37 +2,36 @@
 
 The loops around them are the program's own: `train_trial` with its leases, records, checkpoints and states, and the evaluator
 with its journal and results. Only the model is missing: an adapter is a handful of numbers that follow from the run's
-trajectory, step by step, so that one which goes on from a wrong state ends as another adapter.
+trajectory, step by step, so that one which goes on from a wrong state ends as another adapter. A pack takes its steps at once.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file
 
 from jmedlora.data.benchmarks import load_benchmark
-from jmedlora.evaluation.batching import answer_in_batches
+from jmedlora.evaluation.batching import Asked, answer_in_batches
 from jmedlora.evaluation.evaluator import Evaluator, _Task
 from jmedlora.evaluation.generation import EncodedPrompts
 from jmedlora.evaluation.journal import Journal
-from jmedlora.evaluation.results import Answers, asked_rows
-from jmedlora.models.lora import ADAPTER
+from jmedlora.evaluation.results import Answers, Checkpoint, asked_rows
 from jmedlora.plan.checksums import adapter_digest, verify
-from jmedlora.plan.layout import ADAPTER_WEIGHTS
+from jmedlora.plan.layout import ADAPTER_WEIGHTS, Storage
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec, RunSpec
+from jmedlora.training.pack import Stepped, Wishes
 from jmedlora.training.process import Worker
-from jmedlora.training.run import BaseModel, _Wishes
+from jmedlora.training.rows import BaseModel
+from jmedlora.training.trajectory import Trajectory
 from tests.chaos.world import World
 
 NUMBERS = 12
@@ -47,7 +46,7 @@ class Work:
         self.world = world
         self.step_s = step_s
         self.steps: Counter[str] = Counter()
-        """Optimizer steps taken, by run."""
+        """Optimizer steps taken, by the longest run of each trajectory."""
         self.answered: Counter[tuple[str, str]] = Counter()
         """Questions answered, by adapter and evaluation."""
         self.opened: set[Path] = set()
@@ -63,26 +62,18 @@ class Work:
     def this_worker() -> Worker:
         return Worker(0, 1, torch.device("cpu"))
 
-    class TrainingSet:
-        def __init__(self, spec: RunSpec, base: BaseModel, sources: Path):
-            self.lengths = np.ones(spec.rows, dtype=np.int64)
-            self.truncated = 0
-
     @staticmethod
-    @contextmanager
-    def adapter(spec: RunSpec, model: Any, worker: Worker, steps: int, state: dict[str, torch.Tensor] | None) -> Iterator[Any]:
-        config = LoraConfig(r=spec.settings.rank, target_modules=["q_proj", "v_proj"])
-        yield SimpleNamespace(peft_config={ADAPTER: config}), Numbers(spec, steps, state), None
+    def target_modules(*_: object) -> list[str]:
+        return ["q_proj", "v_proj"]
 
-    def train_step(
-        self, spec: RunSpec, step: int, rows: Any, batches: Any, engine: Numbers, *others: Any
-    ) -> tuple[dict[str, Any], _Wishes]:
-        wishes: _Wishes = others[-1]
-        self.world.sleep(self.step_s)
-        self.steps[spec.run_key] += 1
-        loss = engine.step(step)
-        record = {"step": step, "epoch": step / spec.steps_per_epoch, "loss": loss, "learning_rate": spec.settings.learning_rate}
-        return record | {"grad_norm": 1.0, "tokens": 100, "seconds": self.step_s, "time": self.world.time()}, wishes
+    class TrainingSet:
+        truncated = 0
+
+        def __init__(self, spec: RunSpec, base: BaseModel, sources: Path): ...
+
+    @contextmanager
+    def training_pack(self, trajectories: Sequence[Trajectory], base: BaseModel, worker: Worker) -> Iterator[NumbersPack]:
+        yield NumbersPack(self, trajectories)
 
     # -- evaluation
 
@@ -90,10 +81,37 @@ class Work:
         self.world.sleep(BATCH_S)
         return _Answerer(base, sources, self._answer, self.opened)
 
-    def _answer(self, numbers: torch.Tensor, digest: str | None, evaluation: EvaluationSpec, question: Any) -> str:
-        self.answered[(digest or "", evaluation.evaluation_key)] += 1
+    def _answer(self, numbers: torch.Tensor, digest: str, evaluation: EvaluationSpec, question: Any) -> str:
+        self.answered[(digest, evaluation.evaluation_key)] += 1
         drawn = hashlib.sha256(numbers.numpy().tobytes() + question.problem_id.encode() + evaluation.evaluation_key.encode()).digest()
         return question.choices[drawn[0] % len(question.choices)]
+
+
+class NumbersPack:
+    """Trajectories in training together."""
+
+    def __init__(self, work: Work, trajectories: Sequence[Trajectory]):
+        self._work, self._trajectories = work, trajectories
+        self._numbers = [Numbers(each.lead, each.step, each.state) for each in trajectories]
+        for each in trajectories:
+            each.state = None
+
+    def step(self, wishes: Wishes) -> tuple[list[Stepped], Wishes]:
+        self._work.world.sleep(self._work.step_s)
+        return [self._step(each, own) for each, own in zip(self._trajectories, self._numbers, strict=True)], wishes
+
+    def _step(self, trajectory: Trajectory, numbers: Numbers) -> Stepped:
+        step, spec = trajectory.step + 1, trajectory.lead
+        self._work.steps[spec.run_key] += 1
+        told = {"step": step, "epoch": step / spec.steps_per_epoch, "loss": numbers.step(step), "grad_norm": 1.0, "tokens": 100}
+        rate, seconds = spec.settings.learning_rate, self._work.step_s
+        return Stepped(told | {"learning_rate": rate, "seconds": seconds, "time": self._work.world.time()})
+
+    def adapter_tensors(self, place: int) -> dict[str, torch.Tensor]:
+        return self._numbers[place].adapter_tensors()
+
+    def state_tensors(self, place: int) -> dict[str, torch.Tensor]:
+        return self._numbers[place].state_tensors()
 
 
 class Numbers:
@@ -117,7 +135,7 @@ class Numbers:
         return float(self._weights.abs().sum())
 
     def adapter_tensors(self) -> dict[str, torch.Tensor]:
-        return {"base_model.model.q_proj.lora_A.default.weight": self._weights.clone()}
+        return {"base_model.model.q_proj.lora_A.weight": self._weights.clone()}
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         return {"weights": self._weights.clone(), "moment": self._moment.clone(), "steps": torch.tensor([self._steps])}
@@ -130,29 +148,44 @@ class _Answerer(Evaluator):
         self.device = torch.device("cpu")
         self._base_facts = {"model": base.model.name}
         self._sources = sources
-        self._adapted = self._adapter_digest = None
-        self._numbers = torch.zeros(NUMBERS)
+        self._numbers: list[torch.Tensor] = []
+        self._digests: list[str] = []
         self._answer = answer
         self._opened = opened
 
     def _task(self, evaluation: EvaluationSpec) -> _Task:
         return _task_of(evaluation.model_dump_json(), self._sources)
 
-    def _load_adapter(self, folder: Path, prompt: list[int]) -> None:
-        verify(folder)
-        self._opened.add(folder)
-        self._numbers = next(iter(load_file(folder / ADAPTER_WEIGHTS).values()))
-        self._adapter_digest = adapter_digest(folder)
+    def _load(self, together: Sequence[Checkpoint], task: _Task, storage: Storage) -> dict[Checkpoint, str | Exception | None]:
+        if not together[0].step:
+            self._numbers, self._digests = [torch.zeros(NUMBERS)], [""]
+            return {together[0]: None}
+        self._numbers, self._digests = [], []
+        loaded: dict[Checkpoint, str | Exception | None] = {}
+        for checkpoint in together:
+            folder = storage.run(checkpoint.run_key).checkpoint(checkpoint.step)
+            try:
+                verify(folder)
+                self._opened.add(folder)
+                numbers = next(iter(load_file(folder / ADAPTER_WEIGHTS).values()))
+                loaded[checkpoint] = digest = adapter_digest(folder)
+            except Exception as error:
+                loaded[checkpoint] = error
+            else:
+                self._numbers.append(numbers)
+                self._digests.append(digest)
+        return loaded
 
-    def _unload_adapter(self) -> None:
-        self._numbers, self._adapter_digest = torch.zeros(NUMBERS), None
+    def _answers(self, task: _Task, evaluation: EvaluationSpec, journals: Sequence[Journal], on_batch: object) -> list[tuple[Answers, int]]:
+        def answer(asked: list[Asked]) -> list[Any]:
+            return [
+                self._answer(self._numbers[each.adapter], self._digests[each.adapter], evaluation, task.questions[each.prompt])
+                for each in asked
+            ]
 
-    def _answers(self, task: _Task, evaluation: EvaluationSpec, journal: Journal, on_batch: object) -> tuple[Answers, int]:
-        def answer(rows: list[int]) -> list[Any]:
-            return [self._answer(self._numbers, self._adapter_digest, evaluation, task.questions[row]) for row in rows]
-
-        answer_in_batches(task.prompts.token_ids, answer, journal, evaluation.batch_size)
-        return Answers([journal.answers[row] for row in range(len(task.questions))], []), len(task.questions)
+        answer_in_batches(task.prompts.token_ids, answer, journals, evaluation.batch_size)
+        count = len(task.questions)
+        return [(Answers([own.answers[prompt] for prompt in range(count)], []), count) for own in journals]
 
 
 @lru_cache(maxsize=16)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from jmedlora.config.parts import Family, ModelConfig, Precision
 from jmedlora.data.benchmarks import load_benchmark
 from jmedlora.data.prompts import render_prompt
 from jmedlora.evaluation.evaluator import Evaluator
+from jmedlora.evaluation.journal import journal_progress
 from jmedlora.evaluation.metrics import first_line_is_complete, score_response
 from jmedlora.evaluation.opening import AdapterDoesNotFit
 from jmedlora.evaluation.resident import AdapterHasNoEffect
-from jmedlora.evaluation.results import SCORES, Checkpoint
+from jmedlora.evaluation.results import SCORES, Checkpoint, write_results
 from jmedlora.models.adapters import save_adapter
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.source import materialise
@@ -344,3 +346,125 @@ def test_results_do_not_depend_on_batch_size_or_global_random_state(case: Case) 
         Evaluator(case.model, case.precision, "fp32", True, case.sources, True, "cpu").evaluate(RUN, 100, other, case.storage)
     assert case.predictions(100, spec) == first
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# ---------------------------------------------------------------- several adapters at once
+
+STEPS = (100, 200, 300, 400, 500)
+
+
+def write_mixed(case: Case) -> list[Checkpoint]:
+    """Adapters of several ranks, layers and scales."""
+    for step, rank in zip(STEPS, (4, 1, 8, 2, 4), strict=True):
+        case.write_adapter(step, 6.0, None if step % 200 else ALL_LINEAR[case.family], rank)
+    return [Checkpoint(RUN, step) for step in STEPS]
+
+
+def score_together(case: Case, checkpoints: list[Checkpoint], spec: EvaluationSpec, pack: int, root: Path | None = None) -> list[Any]:
+    storage = case.storage if root is None else Storage(root)
+    if root is not None:
+        shutil.copytree(case.storage.run(RUN).checkpoints, storage.run(RUN).checkpoints)
+    return case.evaluator.evaluate_together(checkpoints, spec, storage, pack)
+
+
+@pytest.mark.parametrize("scoring", ["generate", "loglikelihood"])
+def test_adapters_answer_together_as_one_by_one(case: Case, tmp_path: Path, scoring: str) -> None:
+    checkpoints, spec = write_mixed(case), evaluation(1, scoring=scoring, batch_size=4 if scoring == "generate" else 10)
+    alone = Case(case.family, case.precision, case.model, case.evaluator, Storage(tmp_path / "alone"), case.sources)
+    apart = score_together(case, checkpoints, spec, 1, tmp_path / "alone")
+    for pack in (2, 5):
+        several = Case(case.family, case.precision, case.model, case.evaluator, Storage(tmp_path / f"pack-{pack}"), case.sources)
+        together = score_together(case, checkpoints, spec, pack, tmp_path / f"pack-{pack}")
+        for checkpoint, one, other in zip(checkpoints, apart, together, strict=True):
+            rows, again = alone.predictions(checkpoint.step, spec), several.predictions(checkpoint.step, spec)
+            for row, same in zip(rows, again, strict=True):
+                assert same.pop("loglikelihoods", []) == pytest.approx(row.get("loglikelihoods", []), abs=1e-4)
+                assert same == {key: value for key, value in row.items() if key != "loglikelihoods"}
+            for key in ("adapter_digest", "accuracy", "gestalt_score", "prompt_tokens", "new_tokens", "batch_size"):
+                assert other[key] == one[key]
+        assert [metrics["pack"] for metrics in together] == ([2, 2, 2, 2, 1] if pack == 2 else [5] * 5)
+    assert len({tuple(row["response"] for row in alone.predictions(step, spec)) for step in STEPS}) > 1
+
+
+@one_family(("llama", "fp32"), ("gpt_neox", "nf4"))
+def test_layers_of_a_pack_are_those_that_peft_makes(case: Case) -> None:
+    checkpoints = write_mixed(case)
+    patterned = LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=ATTENTION[case.family], use_rslora=True, layers_to_transform=[1],
+        rank_pattern={".*1.*": 2}, alpha_pattern={".*1.*": 6},
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        adapted = get_peft_model(case.load_again(), patterned)
+        for name, weight in adapted.named_parameters():
+            if ".lora_B." in name:
+                weight.data.normal_(0, 3)
+    weights = {key: weight.detach() for key, weight in get_peft_model_state_dict(adapted).items()}
+    save_adapter(case.storage.run(RUN).checkpoint(600), weights, patterned, case.model.name)
+    folders = [case.storage.run(RUN).checkpoint(step) for step in (*STEPS, 600)]
+    resident = case.evaluator._resident
+    assert resident.load(folders, [2, 3, 4]) == [adapter_digest(folder) for folder in folders]
+    assert len(checkpoints) + 1 == len(resident)
+    for number, folder in enumerate(folders):
+        expected = logits(PeftModel.from_pretrained(case.load_again(), folder).eval())
+        torch.testing.assert_close(adapted_logits(case, number), expected, rtol=1e-4, atol=1e-4)
+
+
+@one_family(("llama", "fp32"))
+def test_what_is_wrong_with_one_stops_no_other(case: Case, tmp_path: Path) -> None:
+    checkpoints, spec = write_mixed(case), evaluation()
+    damaged, without_effect, other, good, also_good = checkpoints
+    expected = score_together(case, [good, also_good], spec, 1, tmp_path / "alone")
+    (case.storage.run(RUN).checkpoint(damaged.step) / ADAPTER_WEIGHTS).write_bytes(b"x")
+    shutil.rmtree(case.storage.run(RUN).checkpoint(without_effect.step))
+    case.write_adapter(without_effect.step, 0.0)
+    folder = case.storage.run(RUN).checkpoint(other.step)
+    config, weights = LoraConfig.from_pretrained(folder), load_file(folder / ADAPTER_WEIGHTS)
+    shutil.rmtree(folder)
+    save_adapter(folder, dict(list(weights.items())[1:]), config, case.model.name)
+    outcomes = score_together(case, checkpoints, spec, 8)
+    assert [type(outcome) for outcome in outcomes] == [AdapterDamaged, AdapterHasNoEffect, AdapterDoesNotFit, dict, dict]
+    assert [outcome["accuracy"] for outcome in outcomes[3:]] == [metrics["accuracy"] for metrics in expected]
+    assert [outcome["pack"] for outcome in outcomes[3:]] == [2, 2]
+    assert sorted(path.name for path in case.storage.run(RUN).evaluation(spec.folder, 0).parent.iterdir()) == ["step-000400", "step-000500"]
+
+
+@one_family(("llama", "fp32"))
+def test_an_adapter_that_is_more_than_low_rank_layers_is_refused(case: Case) -> None:
+    folder = case.write_adapter(100, 6.0)
+    config, weights = LoraConfig.from_pretrained(folder), load_file(folder / ADAPTER_WEIGHTS)
+    config.use_dora = True
+    save_adapter(case.storage.run(RUN).checkpoint(200), weights, config, case.model.name)
+    with pytest.raises(AdapterDoesNotFit, match="use_dora: only low-rank layers"):
+        case.evaluator.evaluate(RUN, 200, evaluation(), case.storage)
+
+
+@one_family(("llama", "fp32"))
+def test_a_base_is_evaluated_by_itself_among_others(case: Case) -> None:
+    checkpoints, spec = write_mixed(case), evaluation()
+    told: list[tuple[int, int]] = []
+    mixed = [checkpoints[0], Checkpoint(BASE, 0), checkpoints[1]]
+    outcomes = case.evaluator.evaluate_together(mixed, spec, case.storage, 8, lambda *numbers: told.append(numbers))
+    assert [outcome["pack"] for outcome in outcomes] == [2, 1, 2]  # type: ignore[index]
+    assert [outcome["adapter_digest"] is None for outcome in outcomes] == [False, True, False]  # type: ignore[index]
+    assert told == [(4, 18), (6, 18), (14, 18), (18, 18)]
+
+
+@one_family(("llama", "fp32"))
+def test_a_full_disk_for_one_leaves_its_answers_and_stops_no_other(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints, spec = write_mixed(case)[:2], evaluation()
+
+    def full(storage: Storage, run_key: str, step: int, *rest: Any) -> dict[str, Any]:
+        if step == 100:
+            raise OSError(28, "No space left on device")
+        return write_results(storage, run_key, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jmedlora.evaluation.journal.WRITE_EVERY_S", 0)
+        patch.setattr("jmedlora.evaluation.evaluator.write_results", full)
+        refused, done = score_together(case, checkpoints, spec, 8)
+    assert isinstance(refused, OSError) and done["step"] == 200
+    assert journal_progress(case.storage, RUN, 100, spec) == 6
+    assert journal_progress(case.storage, RUN, 200, spec) == 0
+    [metrics] = score_together(case, checkpoints[:1], spec, 8)
+    assert metrics["n"] == 6

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from jmedlora.models.dropout import Chances, KeyedDropout, RowsOfAdapter
 from tests.bench import gpu_checks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -30,6 +31,18 @@ def test_training_follows_the_cpus(work: Path, on_the_cpu: dict[str, Any]) -> No
     for name, spec in gpu_checks.specs_of(work).items():
         found = gpu_checks.compare_training(work, name, spec, on_the_cpu["losses"][name])
         assert found["largest"] < LARGEST[spec.compute_precision], found
+
+
+def test_masks_made_in_one_pass_are_those_of_the_cpu() -> None:
+    chances = [Chances(seed, probability) for seed, probability in ((0, 0.1), (3, 0.5), (4, 0.0))]
+    rows = [RowsOfAdapter([4, 9], 1), RowsOfAdapter([5], 7), RowsOfAdapter([1], 2)]
+    found = {}
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        dropout = KeyedDropout(chances, ["first", "second"], device)
+        dropout.enter(rows)
+        values = torch.linspace(-1, 1, 4 * 33 * 130, device=device).view(4, 33, 130).to(torch.bfloat16)
+        found[device.type] = [dropout.masks(layer, 33, 130, values.dtype).apply(values).cpu() for layer in (0, 1)]
+    assert all(torch.equal(*pair) for pair in zip(found["cpu"], found["cuda"], strict=True))
 
 
 def test_a_resumed_run_ends_as_an_undisturbed_one(work: Path) -> None:

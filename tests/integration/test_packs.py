@@ -59,7 +59,7 @@ def assert_agree(found: Path, expected: Path, specs: list[RunSpec], tolerance: f
     """Losses at every step and final weights; and that packs did not break."""
     for spec in specs:
         told = read_run(Storage(found), spec.run_key)
-        assert told is not None and not any("without others" in note for note in told["notes"]) or may_break
+        assert (told is not None and not any("without others" in note for note in told["notes"])) or may_break
         assert len(curve(found, spec)) == spec.total_steps
         assert curve(found, spec) == pytest.approx(curve(expected, spec), abs=tolerance, rel=0)
         assert curve(found, spec, "grad_norm") == pytest.approx(curve(expected, spec, "grad_norm"), rel=1e3 * tolerance)

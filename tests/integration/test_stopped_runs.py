@@ -134,6 +134,23 @@ def test_a_lease_is_waited_for_and_what_was_finished_meanwhile_is_not_trained_ag
     assert not waiting.is_alive() and watching.taken == []
 
 
+def test_a_trial_that_breaks_off_holds_nothing(data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever handles the error may keep it, with all that it came from, for as long as it likes."""
+    specs = [run_spec(data_file, rank=rank) for rank in (2, 4)]
+    inner = loop.RunRecords
+
+    def records_of(folder: Any, spec: Any, *rest: Any) -> Any:
+        if spec.run_key == specs[1].run_key:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return inner(folder, spec, *rest)
+
+    monkeypatch.setattr(loop, "RunRecords", records_of)
+    with pytest.raises(OSError, match="No space left") as kept:
+        train_trial(trial_of(*specs, pack=2), Storage(tmp_path), tmp_path, True, Watching())
+    assert kept.traceback
+    assert not any(is_held(Storage(tmp_path).run(spec.run_key)) for spec in specs)
+
+
 def fail_at_first(count: int, write: Callable[..., Any], tried: list[int]) -> Callable[..., Any]:
     """`write`, which finds the disk full the first `count` times."""
 

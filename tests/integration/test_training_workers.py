@@ -24,7 +24,7 @@ _STAGES_OF_PACKS = (0, 3)
 # Mixed ranks, mini-batches, data orders and durations: in the last micro-batches of some steps a worker has rows of one adapter alone.
 _PACK: list[dict[str, Any]] = [
     {"rank": 2, "seed": 1, "dropout": 0.2, "max_steps": 4},
-    {"rank": 8, "batch_size": 3, "dropout": 0.0, "schedule": "cosine"},
+    {"rank": 8, "seed": 6, "batch_size": 3, "dropout": 0.0, "schedule": "cosine"},  # no element whose gradient is of the size of rounding
     {"rank": 4, "seed": 2, "batch_size": 7, "max_grad_norm": None, "max_steps": 5},
 ]
 _WILD: dict[str, Any] = {"learning_rate": 1e30, "max_grad_norm": None}
@@ -93,7 +93,7 @@ def test_a_pack_on_two_workers_trains_as_each_alone_on_one(
 ) -> None:
     """Also beside a run that diverges, of which the others notice nothing."""
     for each in chosen:
-        alone = _spec(work / "rows.jsonl", "llama", "fp32", 0, **{**each, "micro_batch_size": None})
+        alone = _spec(work / "rows.jsonl", "llama", "fp32", 0, **each)
         train_trial(trial_of(alone), Storage(tmp_path), tmp_path, True, Silent())
         packed = _spec(work / "rows.jsonl", "llama", "fp32", stage, **each)
         recorded = read_run(Storage(work / f"{name}-{stage}"), packed.run_key)
@@ -113,9 +113,8 @@ def test_a_run_that_diverges_in_a_pack_fails_by_itself(stage: int, work: Path) -
 def _assert_agree(folder: Path, spec: RunSpec, alone_folder: Path, alone: RunSpec) -> None:
     """Curves and final weights of a run on two workers and of one that is the same but for how it is trained."""
     found, expected = Storage(folder), Storage(alone_folder)
-    # A norm is of gradients that may nearly cancel: rounding shows more in it than in a loss.
-    for value, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4), ("tokens", 0)):
-        assert _curve(found, spec, value) == pytest.approx(_curve(expected, alone, value), rel=tolerance)
+    for value in ("loss", "grad_norm", "tokens"):
+        assert _curve(found, spec, value) == pytest.approx(_curve(expected, alone, value), rel=1e-5)
     weights = load_file(found.run(spec.run_key).checkpoint(spec.total_steps) / ADAPTER_WEIGHTS)
     wanted = load_file(expected.run(alone.run_key).checkpoint(spec.total_steps) / ADAPTER_WEIGHTS)
     assert weights.keys() == wanted.keys()

@@ -75,8 +75,7 @@ def looked(plan: Plan, storage: Storage) -> EvaluationQueue:
 
 
 def take(queue: EvaluationQueue, resident: str = "", last_run: str = "") -> Job:
-    job = queue.take(resident, last_run, behind_address=False)
-    assert job is not None
+    [job] = queue.take(resident, last_run, behind_address=False)
     return job
 
 
@@ -99,8 +98,8 @@ def test_bases_are_ready_at_once_and_checkpoints_once_they_are_committed(plan: P
     queue.look()
     jobs = [take(queue), take(queue)]
     assert [(job.run_key, job.step) for job in jobs] == [(run.run_key, 4)] * 2
-    assert queue.take("", "", behind_address=False) is None
-    assert queue.take("", "", behind_address=True) is None
+    assert queue.take("", "", behind_address=False) == []
+    assert queue.take("", "", behind_address=True) == []
 
 
 def test_a_slot_keeps_its_base_and_its_run(plan: Plan, storage: Storage) -> None:
@@ -193,7 +192,7 @@ def test_a_checkpoint_that_is_taken_back_is_waited_for(plan: Plan, storage: Stor
     shutil.rmtree(storage.run(run.run_key).checkpoint(4))
     queue.failed(job, "FileNotFoundError: gone")
     assert queue.failures == {}
-    assert queue.take("", "", behind_address=False) is None
+    assert queue.take("", "", behind_address=False) == []
     commit(storage, run.run_key, 4, "a")
     queue.look()
     assert {take(queue).evaluation.shots, take(queue).evaluation.shots} == {0, 1}
@@ -212,7 +211,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_told(plan: Plan, storage: Storage
     queue.damaged(job, "AdapterDamaged: x")
     assert queue.failures == {job_id(job): "AdapterDamaged: x; it is set aside, and the next start of the sweep makes it again"}
     assert not storage.run(run.run_key).is_committed(4)
-    assert queue.take("", "", behind_address=False) is None  # what else is asked of it waits for the new one
+    assert queue.take("", "", behind_address=False) == []  # what else is asked of it waits for the new one
 
 
 def test_no_result_is_copied_to_a_damaged_checkpoint(plan: Plan, storage: Storage) -> None:
@@ -250,8 +249,82 @@ def test_an_evaluation_is_in_one_pair_of_hands(plan: Plan, storage: Storage) -> 
         queue.look()
         assert take(queue).evaluation == job.evaluation
     with evaluation_lease(*where):
-        pass
-    assert list(storage.run(job.run_key).evaluation(job.evaluation.folder, 0).parent.iterdir()) == []
+        score(storage, job)
+    assert [path.name for path in storage.run(job.run_key).evaluation(job.evaluation.folder, 0).parent.iterdir()] == ["step-000000"]
+
+
+def take_together(queue: EvaluationQueue, pack: int = 8) -> list[Job]:
+    return queue.take("", "", behind_address=False, pack=pack)
+
+
+def ready(plan: Plan, storage: Storage, steps: tuple[int, ...] = (4,)) -> EvaluationQueue:
+    """A queue whose bases are done, with checkpoints of both runs that are all different."""
+    for run in plan.runs:
+        for step in steps:
+            commit(storage, run.run_key, step, f"{run.run_key} {step}")
+    queue = looked(plan, storage)
+    do_bases(queue, storage)
+    return queue
+
+
+def test_several_are_of_one_base_and_one_evaluation(plan: Plan, storage: Storage) -> None:
+    queue = looked(plan, storage)
+    assert [job.step for job in take_together(queue)] == [0], "a bare base is by itself"
+    queue = ready(plan, storage)
+    first = take_together(queue)
+    assert [job.run_key for job in first] == [run.run_key for run in plan.runs]
+    assert len({job.evaluation.evaluation_key for job in first}) == 1
+    second = take_together(queue)
+    assert [(job.run_key, job.step) for job in second] == [(job.run_key, job.step) for job in first], "what is resident stays"
+    assert second[0].evaluation != first[0].evaluation
+    assert take_together(queue) == []
+
+
+def test_no_more_are_taken_than_wished_and_those_of_which_most_are_ready(plan: Plan, storage: Storage) -> None:
+    queue = ready(plan, storage)
+    [one] = take_together(queue, pack=1)
+    [other, another] = take_together(queue)
+    assert other.evaluation == another.evaluation != one.evaluation
+    [rest] = take_together(queue)
+    assert rest.evaluation == one.evaluation and rest.run_key != one.run_key
+
+
+def test_each_of_several_has_an_end_of_its_own(plan: Plan, storage: Storage) -> None:
+    queue = ready(plan, storage)
+    done, failed = take_together(queue)
+    queue.finished(done, score(storage, done))
+    queue.failed(failed, "ValueError: no")
+    assert queue.failures == {job_id(failed): "ValueError: no"}
+    again = take_together(queue)
+    assert len(again) == 2 and again[0].evaluation != done.evaluation
+
+
+def test_what_dies_again_in_company_is_tried_by_itself(plan: Plan, storage: Storage) -> None:
+    queue = ready(plan, storage)
+    together = take_together(queue)
+    for _ in range(2):
+        for job in together:
+            queue.died(job, "killed", 0, in_company=True)
+        both = {job_id(job) for job in together}
+        together = next(jobs for jobs in iter(lambda: take_together(queue), []) if job_id(jobs[0]) in both)
+    [guilty] = together
+    for attempt in range(MAX_ATTEMPTS):
+        assert queue.failures == {}, f"attempt {attempt} of its own"
+        queue.died(guilty, "killed", 0)
+        [innocent] = take_together(queue)
+        if attempt < MAX_ATTEMPTS - 1:
+            queue.died(innocent, "killed", attempt + 1)  # gets further each time
+            [guilty] = take_together(queue)
+    assert queue.failures == {job_id(guilty): f"given up after {MAX_ATTEMPTS} attempts: killed"}
+    assert job_id(innocent) in both - {job_id(guilty)}
+
+
+def test_what_cannot_be_done_at_once_is_done_one_by_one(plan: Plan, storage: Storage) -> None:
+    queue = ready(plan, storage)
+    together = take_together(queue)
+    queue.apart(together)
+    assert sorted(len(take_together(queue)) for _ in range(3)) == [1, 1, 2]
+    assert queue.failures == {}
 
 
 def test_what_another_sweep_has_done_is_taken_over(plan: Plan, storage: Storage) -> None:

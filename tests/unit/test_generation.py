@@ -10,10 +10,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from jmedlora.config.faults import BadInput
 from jmedlora.config.parts import Family
+from jmedlora.evaluation import prefix
 from jmedlora.evaluation.batching import Asked, answer_in_batches
 from jmedlora.evaluation.generation import Generation, decode_greedily, encode_prompts, max_prompt_tokens
 from jmedlora.evaluation.journal import AnswersSoFar
 from jmedlora.evaluation.metrics import first_line_is_complete
+from jmedlora.evaluation.resident import Resident
 from jmedlora.models.random_models import build_model, byte_tokenizer
 from tests.tiny import tiny_model
 
@@ -261,3 +263,63 @@ def test_a_single_prompt_that_does_not_fit_is_an_error() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         answer_in_batches([[7]] * 4, answer, [AnswersSoFar(4)], 4)
+
+
+def test_several_adapters_are_asked_the_same_prompts_at_once_less_what_is_answered() -> None:
+    prompts, asked, told = [[7] * length for length in (3, 1, 2)], [], []
+    so_far = [AnswersSoFar(2), AnswersSoFar(2)]
+    so_far[1].add({2: "known"})
+
+    def answer(batch: list[Asked]) -> list[str]:
+        asked.append(batch)
+        return [f"{each.adapter} {each.prompt}" for each in batch]
+
+    answer_in_batches(prompts, answer, so_far, 2, on_batch=told.append)
+    assert asked == [[(0, 1), (0, 2), (1, 1)], [(0, 0), (1, 0)]]
+    assert told == [1, 4, 6]
+    assert so_far[0].answers == {0: "0 0", 1: "0 1", 2: "0 2"}
+    assert so_far[1].answers == {0: "1 0", 1: "1 1", 2: "known"}
+
+
+def test_a_pack_that_does_not_fit_is_halved_down_to_one_prompt_of_one_adapter() -> None:
+    tried: list[int] = []
+
+    def answer(batch: list[Asked]) -> list[int]:
+        tried.append(len(batch))
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [each.adapter for each in batch]
+
+    so_far = [AnswersSoFar(2), AnswersSoFar(2), AnswersSoFar(2)]
+    answer_in_batches([[7]] * 2, answer, so_far, 2)
+    assert tried == [6, 3, *[1] * 6]
+    assert [own.batch_size for own in so_far] == [1, 1, 1]
+    assert [own.answers for own in so_far] == [{0: adapter, 1: adapter} for adapter in range(3)]
+
+
+def test_prompts_read_in_parts_are_answered_alike(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = answers(model, tokenizer, PROMPTS, len(PROMPTS))
+    monkeypatch.setattr(prefix, "_TOKENS_AT_ONCE", {"cpu": 20})
+    assert answers(model, tokenizer, PROMPTS, len(PROMPTS)) == whole
+
+
+def test_a_prefix_that_does_not_fit_for_all_adapters_is_read_in_halves(model: PreTrainedModel) -> None:
+    rows_seen: list[int] = []
+
+    def refuse(_: torch.nn.Module, arguments: tuple[object, ...], keywords: dict[str, torch.Tensor]) -> None:
+        rows_seen.append(len(keywords["input_ids"]))
+        if rows_seen[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    resident = Resident(model, "cpu")
+    with torch.inference_mode():
+        expected = prefix._read(resident, [1, 2, 3], [0, 0, 0, 0, 0])
+        hook = model.base_model.register_forward_pre_hook(refuse, with_kwargs=True)
+        halved = prefix._read(resident, [1, 2, 3], [0, 0, 0, 0, 0])
+        hook.remove()
+    assert rows_seen == [5, 2, 3, 1, 2]
+    for layer, other in zip(expected.layers, halved.layers, strict=True):
+        torch.testing.assert_close(layer.keys, other.keys)
+        torch.testing.assert_close(layer.values, other.values)

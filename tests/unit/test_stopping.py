@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,30 @@ def test_the_first_signal_asks_and_the_second_interrupts(number: signal.Signals)
             os.kill(os.getpid(), signal.SIGINT)
         assert asked == [1]
     assert signal.getsignal(number) == before
+
+
+EARLY = """
+import os, signal, sys
+from jmedlora.orchestrator.stopping import check_interrupts, graceful, interruptible
+interruptible()
+for _ in range(int(sys.argv[2])):
+    try:
+        os.kill(os.getpid(), int(sys.argv[1]))
+    except BaseException:
+        pass  # as libraries do while they are imported
+try:
+    with graceful(lambda: None):
+        print("went on")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_early_signal_is_not_lost_where_a_library_swallows_it(number: signal.Signals) -> None:
+    found = [subprocess.run([sys.executable, "-c", EARLY, str(int(number)), times], capture_output=True, text=True) for times in "012"]
+    assert [each.stdout for each in found] == ["went on\n", "interrupted\n", ""]
+    assert [each.returncode for each in found] == [0, 0, 130]
 
 
 def test_trials_come_in_order_until_the_sweep_is_to_stop() -> None:
