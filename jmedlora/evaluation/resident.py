@@ -13,6 +13,9 @@ from jmedlora.models.dropout import RowsOfAdapter
 from jmedlora.models.lora import AdapterPack
 from jmedlora.plan.checksums import AdapterDamaged, adapter_digest, verify
 
+# Enough of a prompt to tell whether an adapter changes anything; what is examined costs a pass for each adapter.
+_PROBE_TOKENS = 64
+
 
 class AdapterHasNoEffect(Exception):
     """The adapter does not change the base model's logits: scoring it would score the base under another name."""
@@ -44,7 +47,7 @@ class Resident:
         """Puts adapters into the base unless just they are there: of each its digest, or what keeps it out, and no other.
 
         Those are put in which are what their checksums say (else AdapterDamaged), fit (AdapterDoesNotFit), and change the logits
-        of `prompt` (AdapterHasNoEffect).
+        of the end of `prompt` (AdapterHasNoEffect).
         """
         outcomes = [_verified(folder) for folder in folders]
         if outcomes and outcomes == self._digests:
@@ -99,7 +102,7 @@ class Resident:
     @torch.inference_mode()
     def _logits(self, prompt: list[int], adapter: int = 0) -> torch.Tensor:
         self.enter([adapter])
-        logits: torch.Tensor = self.model(input_ids=torch.tensor([prompt], device=self.device), use_cache=False).logits
+        logits: torch.Tensor = self.model(input_ids=torch.tensor([prompt[-_PROBE_TOKENS:]], device=self.device), use_cache=False).logits
         return logits
 
 

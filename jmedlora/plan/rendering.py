@@ -105,7 +105,7 @@ def _print_runs(plan: Plan, config: SweepConfig, console: Console, trials: list[
     estimate_by_run = {run.run_key: estimate for trial, estimate in zip(plan.trials, trials, strict=True) for run in trial.runs}
     gpus, shapes = config.resources.gpus_per_worker > 0, shapes_of(config)
     table = Table(title=f"sweep {plan.sweep}", title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for column in ("run_key", "run", "steps", "checkpoints", "learning rate", "memory per " + ("GPU" if gpus else "worker"), "time alone"):
+    for column in ("run_key", "run", "steps", "checkpoints", "learning rate", "memory per " + ("GPU" if gpus else "worker"), "time"):
         table.add_column(column, justify="left" if column in ("run_key", "run") else "right", no_wrap=column != "run")
     for run in plan.runs[:MAX_ROWS]:
         estimate = estimate_by_run[run.run_key]

@@ -35,9 +35,10 @@ from tests.chaos.world import Process, Stuck, World
 
 SWEEPS = {
     "first": "grid: {model: [tiny-llama], method: [lora], rank: [8, 4], epochs: [2, 1]}\npack: 2",
-    "second": "grid: {model: [tiny-llama], method: [lora], rank: [8], epochs: [2, 3]}\npack: 1\nshare_prefixes: false",
+    "second": "grid: {model: [tiny-llama], method: [lora], rank: [8], epochs: [2, 3]}",
+    "apart": "grid: {model: [tiny-llama], method: [lora], rank: [8], epochs: [2, 3]}\npack: 1\nshare_prefixes: false",
 }
-"""Two trajectories of two runs each, in one pack; and two runs by themselves, one of them among those."""
+"""Two trajectories of two runs each, in one pack; and, beside these, one that has a run in common with them, or its runs one by one."""
 _COMMON = """
 data: sample
 benchmarks: [{preset: sample, filters: {first: 6}}]
@@ -148,8 +149,9 @@ def _driver(sweep: Sweep) -> Callable[[], Any]:
 def draw(seed: int) -> tuple[list[str], list[str]]:
     """The sweeps and faults of a seed."""
     rng = World(seed, Path()).rng
-    names = ["first", "second"] if rng.random() < 0.4 else ["first"]
-    return names, [rng.choice(list(FAULTS)) for _ in range(rng.randint(1, MOST_FAULTS))]
+    drawn = rng.random()
+    beside = ["second"] if drawn < 0.2 else ["apart"] if drawn < 0.4 else []
+    return ["first", *beside], [rng.choice(list(FAULTS)) for _ in range(rng.randint(1, MOST_FAULTS))]
 
 
 def main() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,17 @@ def _mlflow(outcome: Outcome) -> tuple[dict[Any, Any], list[str]]:
     return points, faults
 
 
+def _taken_twice_by_sweeps(outcome: Outcome) -> int:
+    """Steps that chance may have taken twice: a run that one sweep holds is no beginning for what another trains meanwhile."""
+    sweeps_of: dict[str, set[str]] = defaultdict(set)
+    steps_of: dict[str, dict[str, int]] = defaultdict(dict)
+    for sweep in outcome.sweeps:
+        for run in sweep.plan.runs:
+            sweeps_of[run.trajectory_key].add(sweep.plan.sweep)
+            steps_of[run.trajectory_key][run.run_key] = run.total_steps
+    return sum(sum(steps.values()) - max(steps.values()) for key, steps in steps_of.items() if len(sweeps_of[key]) > 1)
+
+
 def _in_vain(outcome: Outcome, expected: dict[str, Any]) -> list[str]:
     """Work that was done again without need: a fault costs what was not saved yet, and no more."""
     problems = []
@@ -115,6 +126,7 @@ def _in_vain(outcome: Outcome, expected: dict[str, Any]) -> list[str]:
     between = max(run.steps_per_epoch for run in runs.values())
     lanes = 2 * len(outcome.sweeps)
     allowed = sum(kind in _ENDS_A_WORKER for kind in kinds) * between * lanes + sum(kind in _MAY_LOSE_A_RUN for kind in kinds) * longest
+    allowed += _taken_twice_by_sweeps(outcome)
     extra = outcome.work.steps.total() - expected["steps"].total()
     if extra > allowed:
         problems.append(f"{extra} steps more than undisturbed, {allowed} could be lost")

@@ -107,8 +107,14 @@ def test_a_killed_driver_takes_all_with_it_and_damaged_states_are_passed_over(be
 
 
 def test_a_sweep_is_held_interrupted_with_grace_and_at_once_and_goes_on(begin: Begin, undisturbed: Path) -> None:
-    """A second driver; then Ctrl-C, SIGTERM as `ray job stop` sends it, and Ctrl-C twice; each time the same command goes on."""
+    """Stopped before it has begun; a second driver; then Ctrl-C, SIGTERM as `ray job stop` sends it, and Ctrl-C twice; each time the same command goes on."""
     sweep = begin()
+    for early_s, number in ((2.0, signal.SIGINT), (4.0, signal.SIGTERM), (6.0, signal.SIGINT)):
+        time.sleep(early_s)  # while it plans, imports, starts Ray
+        sweep.driver.send_signal(number)
+        assert sweep.finish(within_s=120) == 130, sweep.output()
+        assert "the same command goes on from here" in sweep.output() and "Traceback" not in sweep.output()
+        sweep.start()
     sweep.wait_for(sweep.in_training, "a run in training")
     second = run_jmedlora("sweep", f"./{NAME}.yaml", cwd=sweep.folder)
     assert second.returncode == 3, second.stdout + second.stderr
