@@ -71,10 +71,6 @@ class KeyedDropout:
         self._keys: Tensor | None = None
         self._thresholds = self._scale = torch.empty(0)
 
-    @property
-    def is_off(self) -> bool:
-        return all(each.probability == 0 for each in self._chances)
-
     def enter(self, adapters: Sequence[RowsOfAdapter]) -> None:
         """Sets the rows of each adapter, in the order of the batch."""
         told = list(zip(self._chances, adapters, strict=True))

@@ -48,6 +48,12 @@ class Batch:
     muted: list[int] = field(default_factory=list)
     """Adapters whose loss is not finite: their gradients are zero, whatever is computed."""
 
+    def known_layout(self) -> Layout:
+        """The layout of the batch at hand."""
+        if self.layout is None:
+            raise RuntimeError("a packed layer was called before its pack was told which rows belong to which adapter")
+        return self.layout
+
     def enter(self, adapters: Sequence[RowsOfAdapter]) -> None:
         """Sets the rows of each adapter, in the order of the batch."""
         self.layout = Layout([len(each.rows) for each in adapters], self.scaling.device)
@@ -75,6 +81,7 @@ class PackedLinear(nn.Module):
             self.register_parameter(f"lora_A_{adapter}", nn.Parameter(self._down[adapter]))
             self.register_parameter(f"lora_B_{adapter}", nn.Parameter(self._up[adapter]))
         self._names = [f"lora_A_{adapter}" for adapter in range(adapters)], [f"lora_B_{adapter}" for adapter in range(adapters)]
+        self.train(base_layer.training)
 
     def adapter(self, adapter: int) -> tuple[nn.Parameter, nn.Parameter]:
         """A (R, in) and B (out, R) of one adapter."""
@@ -112,8 +119,19 @@ class PackedLinear(nn.Module):
         masks = None
         if dropout is not None and self.training:
             masks = dropout.masks(self._place, rows.shape[1], rows.shape[2], rows.dtype)
+        if masks is None and not torch.is_grad_enabled():
+            return self._added(out, rows)
         weights = [self._parameters[name] for names in self._names for name in names]
         return _LowRank.apply(out, rows, masks, self, self._batch, *weights)
+
+    def _added(self, out: Tensor, rows: Tensor) -> Tensor:
+        """The same as below, for an `out` that nobody else has, and without gradients."""
+        layout = self._batch.known_layout()
+        narrow = torch.bmm(layout.group(rows), self.down().transpose(1, 2)).mul_(self._batch.scaling.to(rows.dtype))
+        up = self.up().transpose(1, 2)
+        if layout.places is None:
+            return out.view(layout.adapters, -1, out.shape[-1]).baddbmm_(narrow, up).view(out.shape)
+        return out.add_(layout.ungroup(torch.bmm(narrow, up), rows.shape[1]))
 
 
 class _LowRank(torch.autograd.Function):
@@ -124,9 +142,7 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, rows: Tensor, masks: Masks | None, layer: PackedLinear, batch: Batch, *weights: Tensor) -> Tensor:
-        layout = batch.layout
-        if layout is None:
-            raise RuntimeError("a packed layer was called before its pack was told which rows belong to which adapter")
+        layout = batch.known_layout()
         dropped = rows if masks is None else masks.apply(rows)
         narrow = torch.bmm(layout.group(dropped), layer.down().transpose(1, 2)).mul_(batch.scaling.to(rows.dtype))
         ctx.save_for_backward(dropped, narrow, *(masks or ()))
@@ -154,4 +170,3 @@ class _LowRank(torch.autograd.Function):
             of_down[adapter].zero_()
             of_up[adapter].zero_()
         return gradient, of_rows, None, None, None, *of_down.unbind(0), *of_up.unbind(0)
-

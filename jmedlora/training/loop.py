@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 
 from jmedlora.config.faults import first_line, is_out_of_memory
+from jmedlora.data.patience import when_there_is_room
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.lora import target_modules
 from jmedlora.models.source import materialise
 from jmedlora.plan.layout import RunFolder, Storage
-from jmedlora.plan.lease import RunHeld, run_lease
+from jmedlora.plan.lease import WAIT_S, RunHeld, run_lease
 from jmedlora.plan.packing import geometry, trajectories_of
 from jmedlora.plan.specs import RunSpec, TrialSpec
 from jmedlora.training.engine import StepDropped
@@ -107,7 +108,8 @@ class _Trial:
                 if not training and self._agreed(self.should_stop()):
                     break
                 while waiting and len(training) < self.places and _fits(waiting[0], training):
-                    if (opened := self._open(waiting.popleft())) is not None:
+                    # while others train, nobody is waited for: what is held comes with the next worker group
+                    if (opened := self._open(waiting.popleft(), wait_s=0.0 if training else WAIT_S)) is not None:
                         training.append(opened)
                 if training:
                     training, again = self._train_together(training)
@@ -118,8 +120,8 @@ class _Trial:
 
     # -- a trajectory's beginning
 
-    def _open(self, specs: list[RunSpec]) -> Trajectory | None:
-        """Takes runs into hand, the shorter ones first; None where nothing is left to train."""
+    def _open(self, specs: list[RunSpec], wait_s: float) -> Trajectory | None:
+        """Takes runs into hand, the shorter ones first; None where nothing is left to train. wait_s: for whoever holds one of them."""
         members: list[Member] = []
         for spec in specs:
             if self._agreed(is_finished(self.storage, spec)):
@@ -128,7 +130,7 @@ class _Trial:
             holds = ExitStack()
             self.leases.callback(holds.close)
             folder = self.storage.run(spec.run_key)
-            if held := self._lease(folder, holds):
+            if held := self._lease(folder, holds, wait_s):
                 self.outcomes[spec.run_key] = RunOutcome(spec.run_key, "held", held, skipped=True)
             elif self._agreed(is_finished(self.storage, spec)):  # by whoever held it until now
                 self.outcomes[spec.run_key] = RunOutcome(spec.run_key, "finished", skipped=True)
@@ -171,16 +173,18 @@ class _Trial:
 
     def _beginning(self, specs: list[RunSpec], unfinished: list[str]) -> Beginning:
         """The same on every worker: as the leading one finds it."""
-        found: list[Any] = [find_beginning(specs, unfinished, self.storage) if self.worker.leads else None]
+        found: list[Any] = [None]
+        if self.worker.leads:
+            found = [when_there_is_room(lambda: find_beginning(specs, unfinished, self.storage), "what runs take from each other")]
         dist.broadcast_object_list(found, src=0)
         return found[0]
 
-    def _lease(self, folder: RunFolder, holds: ExitStack) -> str | None:
+    def _lease(self, folder: RunFolder, holds: ExitStack, wait_s: float) -> str | None:
         """Holds the run, by its leading worker; tells, on every worker, who else holds it."""
         held: list[str | None] = [None]
         if self.worker.leads:
             try:
-                holds.enter_context(run_lease(folder, self.should_stop))
+                holds.enter_context(run_lease(folder, self.should_stop, wait_s))
             except RunHeld as other:
                 held = [str(other)]
         dist.broadcast_object_list(held, src=0)

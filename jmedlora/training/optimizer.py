@@ -53,4 +53,3 @@ class GroupClippingAdamW(torch.optim.AdamW):
             share = min(1.0, group["max_grad_norm"] / (norm + 1e-6))
             if share < 1.0:
                 torch._foreach_mul_(gradients, share)
-

@@ -107,10 +107,14 @@ def test_a_killed_driver_takes_all_with_it_and_damaged_states_are_passed_over(be
 
 
 def test_a_sweep_is_held_interrupted_with_grace_and_at_once_and_goes_on(begin: Begin, undisturbed: Path) -> None:
-    """Stopped before it has begun; a second driver; then Ctrl-C, SIGTERM as `ray job stop` sends it, and Ctrl-C twice; each time the same command goes on."""
+    """Before it has begun; a second driver; Ctrl-C, SIGTERM as `ray job stop` sends it, Ctrl-C twice; each time the same command goes on."""
     sweep = begin()
-    for early_s, number in ((2.0, signal.SIGINT), (4.0, signal.SIGTERM), (6.0, signal.SIGINT)):
-        time.sleep(early_s)  # while it plans, imports, starts Ray
+    early: list[tuple[Callable[[], Any], signal.Signals]] = [
+        (lambda: "sweep faults: " in sweep.output(), signal.SIGINT),  # Ray is about to start
+        (lambda: sweep.find("raylet"), signal.SIGTERM),
+    ]
+    for moment, number in early:
+        sweep.wait_for(moment, "the moment to stop")
         sweep.driver.send_signal(number)
         assert sweep.finish(within_s=120) == 130, sweep.output()
         assert "the same command goes on from here" in sweep.output() and "Traceback" not in sweep.output()

@@ -103,7 +103,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(data_file: Path, tmp_pa
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         assert is_held(folder)
-        monkeypatch.setattr(loop, "run_lease", lambda folder, gives_up: run_lease(folder, gives_up, wait_s=0.3))
+        monkeypatch.setattr(loop, "run_lease", lambda folder, gives_up, _: run_lease(folder, gives_up, wait_s=0.3))
         outcomes = train_trial(trial_of(held, free), Storage(tmp_path), tmp_path, True, Watching())
         assert [outcome.status for outcome in outcomes] == ["held", "finished"]
         assert outcomes[0].error is not None and f"trained by process {holder.pid} on " in outcomes[0].error

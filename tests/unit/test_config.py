@@ -147,7 +147,7 @@ def test_faults_of_the_file_name_the_file(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path, {**SWEEP, "trainin": {}})
     assert faults_of(sweep) == [
         f"{sweep}: trainin: unknown key; allowed: did you mean 'training'? one of benchmarks, data, deepspeed, evaluate, extra, grid, "
-        "keep, leaks, note, offline, prompts, references, resources, shots, sources, storage, training"
+        "keep, leaks, note, offline, pack, prompts, references, resources, share_prefixes, shots, sources, storage, training"
     ]
 
 

@@ -382,8 +382,9 @@ def _counted(name: str, calls: list[str]) -> Callable[..., object]:
 
 
 def test_progress_is_what_a_restart_finds(plan: Plan, storage: Storage) -> None:
-    trial = plan.trials[1]
-    run = trial.runs[0]
+    apart = [plan.trials[0].model_copy(update={"runs": [run]}) for run in plan.runs]
+    plan = plan.model_copy(update={"trials": apart})
+    trial, run = plan.trials[1], plan.runs[1]
     folder = storage.run(run.run_key)
     marks = [progress_mark(trial, storage)]
     commit(storage, run.run_key, 4, "a")
