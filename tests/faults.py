@@ -93,7 +93,14 @@ class DisturbedSweep:
         assert self._driver is None or self._driver.poll() is not None, "the driver still runs"
         with (self.folder / f"log-{len(self._sessions) + 1}.txt").open("wb") as log:
             self._driver = subprocess.Popen(
-                self._command, cwd=self.folder, env=self.environment, stdout=log, stderr=log, start_new_session=True
+                self._command,
+                cwd=self.folder,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                # as from a terminal: whoever is started in the background by a shell ignores SIGINT, and so would its children
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         self._sessions.append(self._driver.pid)
 

@@ -107,7 +107,7 @@ def test_a_killed_driver_takes_all_with_it_and_damaged_states_are_passed_over(be
 
 
 def test_a_sweep_is_held_interrupted_with_grace_and_at_once_and_goes_on(begin: Begin, undisturbed: Path) -> None:
-    """Before it has begun; a second driver; Ctrl-C, SIGTERM as `ray job stop` sends it, Ctrl-C twice; each time the same command goes on."""
+    """Before it has begun; a second driver; Ctrl-C, SIGTERM as `ray job stop` sends it, Ctrl-C twice: the same command goes on."""
     sweep = begin()
     early: list[tuple[Callable[[], Any], signal.Signals]] = [
         (lambda: "sweep faults: " in sweep.output(), signal.SIGINT),  # Ray is about to start
