@@ -29,15 +29,20 @@ def joined_ray(config: SweepConfig, address: str | None, given: str | None) -> I
     previous = signal.getsignal(signal.SIGTERM)
     common = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "jmedlora"}
     try:
-        if address:
-            try:
+        try:
+            if address:
                 ray.init(address=address, **common)
-            except (ValueError, ConnectionError) as error:
-                raise refused(given, address, first_line(error)) from None
-        else:
-            needed = resources.workers_per_trial * resources.cpus_per_worker + resources.evaluation.actors * resources.evaluation.cpus
-            ray.init(address="local", include_dashboard=False, num_cpus=max(os.cpu_count() or 1, needed), **common)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # after Ray, which puts a handler of its own there
+            else:
+                needed = resources.workers_per_trial * resources.cpus_per_worker + resources.evaluation.actors * resources.evaluation.cpus
+                ray.init(address="local", include_dashboard=False, num_cpus=max(os.cpu_count() or 1, needed), **common)
+        except SystemExit:  # how Ray answers SIGTERM while it starts
+            raise KeyboardInterrupt from None
+        except (ValueError, ConnectionError) as error:
+            if not address:
+                raise
+            raise refused(given, address, first_line(error)) from None
+        # after Ray, which puts a handler of its own there
+        signal.signal(signal.SIGTERM, previous if callable(previous) else signal.default_int_handler)
         yield
     finally:
         ray.shutdown()

@@ -144,9 +144,9 @@ def _lanes(resources: ResourcesConfig) -> int:
 
 
 def _divided(trajectories: list[Trajectory], count: int) -> list[list[Trajectory]]:
-    """Longest first, each to the part that has least; within a part the longest first, and of equals the widest."""
+    """Longest first, each to the part that has least; within a part the longest first, and of equals the narrowest."""
     parts: list[tuple[float, int, list[Trajectory]]] = [(0.0, place, []) for place in range(count)]
-    for each in sorted(trajectories, key=lambda each: (-each.seconds, -each.lead.settings.rank)):
+    for each in sorted(trajectories, key=lambda each: (-each.seconds, each.lead.settings.rank)):
         work, place, part = heapq.heappop(parts)
         part.append(each)
         heapq.heappush(parts, (work + each.seconds, place, part))
