@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-FAILED, BAD_INPUT, HELD, INTERRUPTED = 1, 2, 3, 130
+FAILED, BAD_INPUT, HELD = 1, 2, 3
 PAGE_WIDTH = 120
 
 SweepArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="A shipped sweep's name, or the path of a sweep file.")]

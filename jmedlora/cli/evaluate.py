@@ -12,12 +12,13 @@ from typing import Annotated
 import typer
 from rich.progress import Progress, TaskID
 
-from jmedlora.cli.common import FAILED, INTERRUPTED, AsJson, Overrides, page
+from jmedlora.cli.common import FAILED, AsJson, Overrides, page
 from jmedlora.cli.data import name_of_file, own_questions
 from jmedlora.config.benchmark import SCORING_WAYS
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.origin import COMMAND_LINE
 from jmedlora.config.presets import preset_names
+from jmedlora.orchestrator.stopping import INTERRUPTED
 
 SWEEP = "evaluate"
 """The shipped sweep whose settings hold unless the command line changes them."""

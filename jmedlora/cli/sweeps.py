@@ -11,11 +11,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from jmedlora.cli.common import FAILED, HELD, INTERRUPTED, AsJson, Overrides, SweepArgument, page
+from jmedlora.cli.common import FAILED, HELD, AsJson, Overrides, SweepArgument, page
 from jmedlora.config.compose import load_sweep
 from jmedlora.config.faults import BadInput, Fault
 from jmedlora.config.locate import cache_dir
 from jmedlora.config.sweep import SweepConfig
+from jmedlora.orchestrator.stopping import INTERRUPTED, check_interrupts, interruptible
 
 if TYPE_CHECKING:
     from jmedlora.orchestrator.driver import Outcome
@@ -45,8 +46,6 @@ def plan(sweep: SweepArgument, overrides: Overrides = None, as_json: AsJson = Fa
 
 def sweep(sweep: SweepArgument, overrides: Overrides = None, address: Address = None) -> None:
     """Run a sweep, or go on with it: train, evaluate, track, report."""
-    from jmedlora.orchestrator.stopping import interruptible
-
     interruptible()
     try:
         _sweep(sweep, overrides, address)
@@ -75,7 +74,6 @@ def _sweep(sweep: str, overrides: list[str] | None, address: str | None) -> None
     # what can be wrong is known by now: from here on the heavy libraries are worth their time
     from jmedlora.orchestrator.driver import run_sweep
     from jmedlora.orchestrator.ledger import HeldByAnother
-    from jmedlora.orchestrator.stopping import check_interrupts
 
     console = page()
     check_interrupts()

@@ -15,10 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jmedlora.models.dropout import Chances
-from jmedlora.models.lora import Shape
+from jmedlora.models.lora import PREFIX, Shape
 from jmedlora.plan.layout import ADAPTER_WEIGHTS
 
-_PREFIX = "base_model.model."
 # What PEFT can add beside low-rank products; with one of these, they alone would be another adapter.
 _BEYOND_LOW_RANK = (
     "use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias", "use_qalora",
@@ -51,7 +50,7 @@ def open_adapter(folder: Path, model: PreTrainedModel, device: torch.device | st
         raise AdapterDoesNotFit(f"{folder}: {', '.join(beyond)}: only low-rank layers can be evaluated")
     weights = load_file(folder / ADAPTER_WEIGHTS, device=str(device))
     layers = _layers(config, model)
-    unmatched = sorted(weights.keys() ^ {f"{_PREFIX}{name}.{part}.weight" for name in layers for part in ("lora_A", "lora_B")})
+    unmatched = sorted(weights.keys() ^ {f"{PREFIX}{name}.{part}.weight" for name in layers for part in ("lora_A", "lora_B")})
     if unmatched or not layers:
         among = f"{unmatched[0]} among them" if unmatched else "and no layer that it changes"
         raise AdapterDoesNotFit(f"{folder}: {len(unmatched)} weights without a match in the base model, {among}")
@@ -61,14 +60,14 @@ def open_adapter(folder: Path, model: PreTrainedModel, device: torch.device | st
         alpha = _of_layer(config.alpha_pattern, name, config.lora_alpha)
         scales[name] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         for part, shape in (("lora_A", (rank, layer.in_features)), ("lora_B", (layer.out_features, rank))):
-            found = tuple(weights[f"{_PREFIX}{name}.{part}.weight"].shape)
+            found = tuple(weights[f"{PREFIX}{name}.{part}.weight"].shape)
             if found != shape:
                 raise AdapterDoesNotFit(f"{folder}: {name}.{part} has the shape {found}, and {shape} is asked for")
-    widest = max(weights[f"{_PREFIX}{name}.lora_A.weight"].shape[0] for name in layers)
+    widest = max(weights[f"{PREFIX}{name}.lora_A.weight"].shape[0] for name in layers)
     scale = next(iter(scales.values()))
     for name, own in scales.items():
         if own != scale:  # a pattern gives layers other scales
-            weights[f"{_PREFIX}{name}.lora_B.weight"] *= own / scale
+            weights[f"{PREFIX}{name}.lora_B.weight"] *= own / scale
     return OpenedAdapter(list(layers), Shape(widest, scale * widest, Chances(0, 0.0)), weights)
 
 

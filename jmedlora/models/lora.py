@@ -18,7 +18,7 @@ from jmedlora.data.mixing import key_from
 from jmedlora.models.dropout import Chances, KeyedDropout, RowsOfAdapter
 from jmedlora.models.packed import Batch, PackedLinear
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 """What PEFT's files put before the names of a model's modules."""
 
 
@@ -96,12 +96,12 @@ class AdapterPack:
         scaling = torch.tensor([shape.alpha / shape.rank for shape in shapes], dtype=torch.float64)[:, None, None]
         self._batch = Batch(scaling.to(device, torch.float32 if dtype != torch.float64 else dtype))
         if any(shape.chances.probability for shape in shapes):
-            self._batch.dropout = KeyedDropout([shape.chances for shape in shapes], [_PREFIX + name for name in names], device)
+            self._batch.dropout = KeyedDropout([shape.chances for shape in shapes], [PREFIX + name for name in names], device)
         self._layers: dict[str, PackedLinear] = {}
         for place, name in enumerate(names):
             layer = PackedLinear(model.get_submodule(name), place, len(shapes), self.rank, self._batch, device, dtype)
             _put(model, name, layer)
-            self._layers[_PREFIX + name] = layer
+            self._layers[PREFIX + name] = layer
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -160,7 +160,7 @@ class AdapterPack:
     def detach(self) -> None:
         """Takes the adapters out of the model again."""
         for name, layer in self._layers.items():
-            _put(self.model, name.removeprefix(_PREFIX), layer.base_layer)
+            _put(self.model, name.removeprefix(PREFIX), layer.base_layer)
 
 
 def lora_config(settings: RunSettings, targets: Sequence[str]) -> LoraConfig:

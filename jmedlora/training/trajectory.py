@@ -56,26 +56,32 @@ def find_beginning(specs: Sequence[RunSpec], unfinished: Collection[str], storag
         passed_over += not_whole
     for state, owner in sorted(found, key=lambda item: -item[0].step):
         needed = {key: [step for step in own if step <= state.step] for key, own in steps.items()}
-        if problem := _first_lost(needed, folders):
-            passed_over.append(told_passed_over(state.folder, problem))
+        try:
+            lacking = {key: _lacking(own, folders[key], folders.values()) for key, own in needed.items()}
+        except AdapterDamaged as lost:
+            passed_over.append(told_passed_over(state.folder, str(lost)))
             continue
         copied = {
-            spec.run_key: _complete(spec, needed[spec.run_key], folders, owner, state.step) for spec in specs if spec.run_key in steps
+            spec.run_key: _complete(spec, lacking[spec.run_key], folders[spec.run_key], owner, state.step)
+            for spec in specs
+            if spec.run_key in steps
         }
         return Beginning(state.step, state.folder, {key: [*passed_over, *told] for key, told in copied.items()}, steps)
     return Beginning(0, None, {run_key: list(passed_over) for run_key in steps}, steps)
 
 
-def _first_lost(needed: Mapping[str, Sequence[int]], folders: Mapping[str, RunFolder]) -> str:
-    """Why the first checkpoint that no run has whole is not; else empty."""
-    for run_key, steps in needed.items():
-        for step in steps:
-            try:
-                verify_what_is_left(folders[run_key].checkpoint(step))
-            except AdapterDamaged as damaged:
-                if not any(_is_whole(folder, step) for folder in folders.values()):
-                    return f"the checkpoint of step {step} before it is not whole ({damaged})"
-    return ""
+def _lacking(needed: Sequence[int], own: RunFolder, folders: Collection[RunFolder]) -> dict[int, RunFolder]:
+    """The steps whose checkpoints a run lacks, and who has them. Raises AdapterDamaged for one that nobody has whole."""
+    found = {}
+    for step in needed:
+        try:
+            verify_what_is_left(own.checkpoint(step))
+        except AdapterDamaged as damaged:
+            others = [folder for folder in folders if folder.path != own.path and _is_whole(folder, step)]
+            if not others:
+                raise AdapterDamaged(f"the checkpoint of step {step} before it is not whole ({damaged})") from None
+            found[step] = others[0]
+    return found
 
 
 def _is_whole(folder: RunFolder, step: int) -> bool:
@@ -86,24 +92,17 @@ def _is_whole(folder: RunFolder, step: int) -> bool:
     return True
 
 
-def _complete(spec: RunSpec, needed: Sequence[int], folders: Mapping[str, RunFolder], owner: RunFolder, step: int) -> list[str]:
+def _complete(spec: RunSpec, lacking: Mapping[int, RunFolder], own: RunFolder, owner: RunFolder, step: int) -> list[str]:
     """Copies what a run lacks of its first `step` steps from the others of its trajectory; returns what there is to tell."""
-    own = folders[spec.run_key]
-    copied = []
-    for at in needed:
-        try:
-            verify_what_is_left(own.checkpoint(at))
-        except AdapterDamaged:
-            source = next(folder for folder in folders.values() if _is_whole(folder, at))
-            with appearing(own.checkpoint(at)) as aside:
-                shutil.copytree(source.checkpoint(at), aside, dirs_exist_ok=True)
-            copied.append(at)
+    for at, source in lacking.items():
+        with appearing(own.checkpoint(at)) as aside:
+            shutil.copytree(source.checkpoint(at), aside, dirs_exist_ok=True)
     until = min(step, spec.total_steps)
     if len([line for line in read_steps(own) if line["step"] <= until]) < until:
         own.path.mkdir(parents=True, exist_ok=True)
         write_json_lines(own.train_jsonl, [line for line in read_steps(owner) if line["step"] <= until])
         return [f"its first {until} steps are those of run {owner.path.name}, which differs in its duration alone"]
-    return [f"the checkpoints of steps {', '.join(map(str, copied))} are copies of another run's of its trajectory"] if copied else []
+    return [f"the checkpoints of steps {', '.join(map(str, lacking))} are copies of another run's of its trajectory"] if lacking else []
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """How much faster than what others would write: `python -m tests.bench.ratios [--only NAMES] [--full]`, or `make bench`.
 
-Both arms of a ratio run in turns (ABAB) in one run, with the same threads; ratios are medians, with their spread and the check that
-both arms did the same beside them. Printed as one table and written to results/bench/bench.json: a list of `name, baseline, ratio,
+Both arms of a ratio run in turns (ABAB) in one run, with the same threads; ratios are medians, with their spread and how far the scores
+of both arms are apart beside them. Printed as one table and written to results/bench/bench.json: a list of `name, baseline, ratio,
 spread, exactness, machine`. Baselines: B0 a fresh Ray Train worker group per run, as users of Ray write sweeps today; B1 one warm process,
-run after run, HF Trainer and PEFT; `reload` an adapter loaded anew for each checkpoint, and `generate`.
+run after run, HF Trainer and PEFT.
 """
 
 from __future__ import annotations
