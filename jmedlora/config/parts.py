@@ -185,7 +185,8 @@ class DeepSpeedConfig(Part):
 
 class EvaluationResources(Part):
     actors: Annotated[Whole, Field(ge=1)] = 1
-    cpus: Annotated[Whole, Field(ge=1)] = 1
+    cpus: Annotated[Whole, Field(ge=0)] = 1
+    """Cores of one actor; 0: none of its own, it shares those of the trials."""
     gpus: Annotated[Number, Field(ge=0)] = 0
 
 

@@ -33,6 +33,8 @@ def joined_ray(config: SweepConfig, address: str | None, given: str | None) -> I
             if address:
                 ray.init(address=address, **common)
             else:
+                # nobody takes this machine away, and each trial has a process less to start
+                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
                 needed = resources.workers_per_trial * resources.cpus_per_worker + resources.evaluation.actors * resources.evaluation.cpus
                 ray.init(address="local", include_dashboard=False, num_cpus=max(os.cpu_count() or 1, needed), **common)
         except SystemExit:  # how Ray answers SIGTERM while it starts

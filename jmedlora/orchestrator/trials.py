@@ -188,7 +188,6 @@ class _Trial:
     def _trainer(self, trial: TrialSpec) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
-        from ray.tune.integration.ray_train import TuneReportCallback
 
         from jmedlora.orchestrator.workers import WorkerConfig, train_worker
 
@@ -214,7 +213,6 @@ class _Trial:
                 name=f"{trial.trial_id}-{uuid.uuid4().hex[:8]}",  # Ray Train would go on with files of its own under a name that it knows
                 storage_path=str(context.storage.sweep(context.plan.sweep).ray),
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
-                callbacks=[TuneReportCallback()],
                 worker_runtime_env={"env_vars": worker_environment(context.resources, trial.cpus_per_worker, context.offline)},
             ),
         )

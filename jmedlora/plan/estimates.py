@@ -87,7 +87,7 @@ def _unshared(trial: TrialSpec) -> TrialSpec:
     return trial.model_copy(update={"share_prefixes": False})
 
 
-def estimate_totals(plan: Plan, trials: list[TrialEstimate], resources: ResourcesConfig) -> Totals:
+def estimate_totals(plan: Plan, trials: list[TrialEstimate], resources: ResourcesConfig, shapes: dict[str, Architecture]) -> Totals:
     """Estimates of the whole sweep."""
     points: list[tuple[RunSpec | BaseSpec, int]] = [(run, len(run.checkpoint_steps)) for run in plan.runs]
     points += [(base, 1) for base in plan.bases]
@@ -95,8 +95,11 @@ def estimate_totals(plan: Plan, trials: list[TrialEstimate], resources: Resource
     evaluation_s = sum(count * _evaluation_seconds(spec, item, resources) for spec, count in here for item in plan.asked_of(spec))
     side_by_side = concurrent_trials(resources)
     lanes = side_by_side or len(trials) or 1
-    makespan = _makespan([trial.seconds for trial in trials], lanes)
-    arithmetic = sum(run.total_steps * step_seconds(run, resources) for run in _longest(plan)) / resources.workers_per_trial
+    training_s = sum(trial.seconds for trial in trials)
+    makespan = max(_makespan([trial.seconds for trial in trials], lanes), evaluation_s / resources.evaluation.actors)
+    if not resources.evaluation.cpus and not resources.evaluation.gpus:
+        makespan = max(makespan, (training_s + evaluation_s) / lanes)  # on the cores, or GPUs, of the trials
+    arithmetic = sum(run.total_steps * step_seconds(run, resources, shapes[run.model.name]) for run in _longest(plan))
     return Totals(
         runs=len(plan.runs),
         bases=len(plan.bases),
@@ -105,10 +108,10 @@ def estimate_totals(plan: Plan, trials: list[TrialEstimate], resources: Resource
         questions=sum(count * item.questions for spec, count in points for item in plan.asked_of(spec)),
         training_tokens=round(sum(training_tokens(run) for run in _longest(plan))),
         concurrent_trials=side_by_side,
-        training_hours=sum(trial.seconds for trial in trials) / 3600,
+        training_hours=training_s / 3600,
         evaluation_hours=evaluation_s / 3600,
-        makespan_hours=max(makespan, evaluation_s / resources.evaluation.actors) / 3600,
-        lower_bound_hours=max([arithmetic / lanes, *(trial.longest_s for trial in trials)]) / 3600,
+        makespan_hours=makespan / 3600,
+        lower_bound_hours=max([arithmetic / resources.workers_per_trial / lanes, *(trial.longest_s for trial in trials)]) / 3600,
         saved_by_prefixes_hours=sum(trial.saved_by_prefixes_s for trial in trials) / 3600,
         saved_by_packing_hours=sum(trial.saved_by_packing_s for trial in trials) / 3600,
         disk_bytes=sum(trial.disk_bytes for trial in trials),

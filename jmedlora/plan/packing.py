@@ -22,8 +22,9 @@ from jmedlora.plan.specs import RunSpec, TrialSpec
 
 LARGEST_PACK = 16
 """Adapters at once where the sweep does not say; the gain of further ones is small, and what one fault stops grows."""
-OVERHEAD_SHARE = 0.1
-"""A pack grows until what a step costs beside arithmetic is less than this share of it."""
+OVERHEAD_SHARE = 0.05
+"""On a CPU, a pack grows until what a step costs beside arithmetic is less than this share of it; on a GPU, until arithmetic takes as long:
+kernels are launched while others run."""
 LONGEST_TRIAL_S = 3600.0
 """Trials of more work are divided, so that places which become free find something to do, and scores come in early."""
 
@@ -100,7 +101,8 @@ def trial_trajectories(trial: TrialSpec, resources: ResourcesConfig, shape: Arch
 
 def _costed(runs: list[RunSpec], resources: ResourcesConfig, shape: Architecture) -> Trajectory:
     lead = runs[-1]
-    return Trajectory(runs, lead.total_steps * step_seconds(lead, resources), lead.total_steps * step_overhead_s(lead, resources, shape))
+    arithmetic, overhead = step_seconds(lead, resources, shape), step_overhead_s(lead, resources, shape)
+    return Trajectory(runs, lead.total_steps * arithmetic, lead.total_steps * overhead)
 
 
 def _kind(run: RunSpec) -> tuple[object, ...]:
@@ -114,8 +116,9 @@ def _pack_size(trajectories: list[Trajectory], resources: ResourcesConfig, shape
         return pack
     lead = max((each.lead for each in trajectories), key=lambda run: (run.settings.rank, run.row_characters))
     shape = shapes[lead.model.name]
-    arithmetic = min(step_seconds(each.lead, resources) for each in trajectories) / resources.workers_per_trial
-    pays = math.ceil(step_overhead_s(lead, resources, shape) * (1 - OVERHEAD_SHARE) / (OVERHEAD_SHARE * arithmetic)) if arithmetic else 1
+    arithmetic = min(step_seconds(each.lead, resources, shape) for each in trajectories) / resources.workers_per_trial
+    share = 0.5 if resources.gpus_per_worker else OVERHEAD_SHARE
+    pays = math.ceil(step_overhead_s(lead, resources, shape) * (1 - share) / (share * arithmetic))
     most = max(1, min(pays, LARGEST_PACK, len(trajectories)))
     limit = _memory_limit(resources)
     fitting = [

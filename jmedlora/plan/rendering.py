@@ -29,7 +29,7 @@ def estimates_of(plan: Plan, config: SweepConfig) -> tuple[list[TrialEstimate], 
     """Estimates of every trial and of the whole."""
     shapes = shapes_of(config)
     trials = [estimate_trial(trial, config.resources, shapes) for trial in plan.trials]
-    return trials, estimate_totals(plan, trials, config.resources)
+    return trials, estimate_totals(plan, trials, config.resources, shapes)
 
 
 def evaluation_memory_gb(plan: Plan, config: SweepConfig) -> dict[str, float]:

@@ -67,25 +67,26 @@ class MicroBatch:
     is_filler: bool = False
 
 
-SPLIT_WORTH_TOKENS = 256
-"""Padded tokens that a further micro-batch has to save: about what its own overhead costs."""
-
-
 def divide(
-    rows: Sequence[Sequence[int]], lengths: Sequence[Sequence[int] | np.ndarray], workers: int, micro_batch_size: int | None
+    rows: Sequence[Sequence[int]],
+    lengths: Sequence[Sequence[int] | np.ndarray],
+    workers: int,
+    micro_batch_size: int | None,
+    worth_tokens: float,
 ) -> list[list[MicroBatch]]:
     """The micro-batches of the adapters' mini-batches, per worker: the same number for each.
 
     rows: of each adapter, its mini-batch. lengths: of each adapter, tokens of every row of its data set. A worker takes at most
-    `micro_batch_size` rows of each adapter at once. Rows of similar length come together, and long ones first, so that little is
-    padded, the workers wait little for each other, and memory is short at the start or never.
+    `micro_batch_size` rows of each adapter at once; a further micro-batch has to save `worth_tokens` of padding. Rows of similar
+    length come together, and long ones first, so that little is padded, the workers wait little for each other, and memory is
+    short at the start or never.
     """
     by_length = [sorted(own, key=lambda row, known=known: (-int(known[row]), row)) for own, known in zip(rows, lengths, strict=True)]  # type: ignore[misc]
     count = max(map(len, by_length))
     # the longest row of every adapter, the second longest of every adapter, and so on: adapters have equal numbers of rows in a micro-batch
     ranks = [max(int(known[own[at]]) for own, known in zip(by_length, lengths, strict=True) if at < len(own)) for at in range(count)]
     micro_batches: list[list[MicroBatch]] = [[] for _ in range(workers)]
-    for start, end in _rounds(np.asarray(ranks), len(rows), workers * (micro_batch_size or count)):
+    for start, end in _rounds(np.asarray(ranks), len(rows), workers * (micro_batch_size or count), worth_tokens):
         for worker in range(workers):
             first, last = (start + (end - start) * place // workers for place in (worker, worker + 1))
             taken = [own[first:last] for own in by_length]
@@ -94,7 +95,7 @@ def divide(
     return micro_batches
 
 
-def _rounds(lengths: np.ndarray, adapters: int, most: int) -> list[tuple[int, int]]:
+def _rounds(lengths: np.ndarray, adapters: int, most: int, worth: float) -> list[tuple[int, int]]:
     """Stretches of `lengths` (descending), each of at most `most`, cut where that saves padding worth a micro-batch."""
     pieces = -(-len(lengths) // most)
     bounds = [len(lengths) * piece // pieces for piece in range(pieces + 1)]
@@ -104,7 +105,7 @@ def _rounds(lengths: np.ndarray, adapters: int, most: int) -> list[tuple[int, in
         start, end = waiting.pop()
         saved = (lengths[start] - lengths[start:end]) * np.arange(end - start, 0, -1) * adapters
         cut = int(saved.argmax())
-        if saved[cut] >= SPLIT_WORTH_TOKENS:
+        if saved[cut] >= worth:
             waiting += [(start + cut, end), (start, start + cut)]
         else:
             rounds.append((start, end))

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from jmedlora.config import clock
 from jmedlora.models.dropout import RowsOfAdapter
 from jmedlora.models.lora import AdapterPack, Shape
+from jmedlora.plan.costs import tokens_worth_a_micro_batch
 from jmedlora.training.batches import divide
 from jmedlora.training.engine import PackEngine
 from jmedlora.training.loss import collate
@@ -44,6 +45,10 @@ class TrainingPack:
 
     def __init__(self, trajectories: Sequence[Trajectory], base: BaseModel, pack: AdapterPack, engine: PackEngine, worker: Worker):
         self._trajectories, self._base, self._pack, self._engine, self._worker = trajectories, base, pack, engine, worker
+        linear = [module for module in base.model.base_model.modules() if isinstance(module, nn.Linear)]
+        weights = sum(module.in_features * module.out_features for module in linear)
+        layers: int = base.model.config.num_hidden_layers
+        self._worth_tokens = tokens_worth_a_micro_batch(layers, weights, worker.device.type == "cuda", torch.get_num_threads())
 
     def adapter_tensors(self, place: int) -> dict[str, Tensor]:
         """The weights of one adapter, as a checkpoint holds them."""
@@ -97,7 +102,8 @@ class TrainingPack:
         """The gradients of a mini-batch of each; returns summed losses, adapters whose loss is not finite, and wishes, over all workers."""
         worker, count = self._worker, len(steps)
         lengths = [each.rows.lengths for each in self._trajectories]
-        mine = divide(taken, lengths, worker.workers, self._trajectories[0].lead.settings.micro_batch_size)[worker.rank]
+        micro_batch_size = self._trajectories[0].lead.settings.micro_batch_size
+        mine = divide(taken, lengths, worker.workers, micro_batch_size, self._worth_tokens)[worker.rank]
         total = torch.zeros(count, device=worker.device)
         for place, micro_batch in enumerate(mine, start=1):
             self._pack.enter([RowsOfAdapter(rows, step) for rows, step in zip(micro_batch.rows, steps, strict=True)])

@@ -41,7 +41,7 @@ def compare_steps(case: Case, worker: Worker, steps: int, base: PreTrainedModel 
             batch = rig
         taken["plain"] += _seconds(_plain_loop(case, base, batch, worker), worker, steps)
     ours, plain = (statistics.median(taken[name]) for name in ("ours", "plain"))
-    flop = training_flop_per_token(case.spec()) * tokens
+    flop = training_flop_per_token(case.spec(), case.shape) * tokens
     return {
         "tokens_per_step": tokens,
         "ours_tokens_per_s": tokens / ours,

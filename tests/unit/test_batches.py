@@ -3,7 +3,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jmedlora.training.batches import SPLIT_WORTH_TOKENS, MicroBatch, MiniBatches, divide, epoch_order, group_by_length
+from jmedlora.training.batches import MicroBatch, MiniBatches, divide, epoch_order, group_by_length
+
+WORTH = 256
+"""Tokens of padding that a micro-batch has to save."""
 
 
 def test_epoch_order_is_fixed_for_all_time() -> None:
@@ -58,7 +61,7 @@ _LENGTHS = st.lists(st.integers(1, 400), min_size=1, max_size=40)
 )
 def test_divide_gives_every_row_once_and_every_worker_the_same_number(lengths: list[list[int]], workers: int, size: int | None) -> None:
     rows = [list(range(len(own))) for own in lengths]
-    divided = divide(rows, lengths, workers, size)
+    divided = divide(rows, lengths, workers, size, WORTH)
     assert len(divided) == workers
     assert len({len(share) for share in divided}) == 1
     parts = [part for share in divided for part in share]
@@ -87,28 +90,30 @@ def _widest(part: MicroBatch, lengths: list[list[int]]) -> int:
     size=st.one_of(st.none(), st.integers(1, 9)),
 )
 def test_rows_of_several_adapters_come_in_equal_numbers(lengths: list[list[int]], workers: int, size: int | None) -> None:
-    for share in divide([range(len(own)) for own in lengths], lengths, workers, size):
+    for share in divide([range(len(own)) for own in lengths], lengths, workers, size, WORTH):
         for part in share:
             assert part.is_filler or len({len(own) for own in part.rows}) == 1
 
 
 def test_a_smaller_mini_batch_takes_the_places_of_the_longest_rows() -> None:
     lengths = [[9, 8, 7, 6, 5], [4, 6, 5]]
-    (parts,) = divide([range(5), range(3)], lengths, workers=1, micro_batch_size=2)
+    (parts,) = divide([range(5), range(3)], lengths, workers=1, micro_batch_size=2, worth_tokens=WORTH)
     assert parts == [MicroBatch([[0], [1]]), MicroBatch([[1, 2], [2, 0]]), MicroBatch([[3, 4], []])]
 
 
 def test_divide_keeps_rows_of_similar_length_together() -> None:
     lengths = [5, 50, 6, 51, 7, 52]
-    assert divide([range(6)], [lengths], workers=1, micro_batch_size=3) == [[MicroBatch([[5, 3, 1]]), MicroBatch([[4, 2, 0]])]]
+    assert divide([range(6)], [lengths], workers=1, micro_batch_size=3, worth_tokens=WORTH) == [
+        [MicroBatch([[5, 3, 1]]), MicroBatch([[4, 2, 0]])]
+    ]
 
 
 @pytest.mark.parametrize(("short", "adapters", "pieces"), [(7, 1, 1), (8, 1, 2), (3, 2, 1), (4, 2, 2), (2, 3, 1), (3, 3, 2)])
 def test_a_mini_batch_is_cut_where_the_padding_saved_is_worth_it(short: int, adapters: int, pieces: int) -> None:
     """Rows of 40 tokens and of 8: each short one by itself saves 32 tokens."""
     lengths = [40, 40, *[8] * short]
-    (parts,) = divide([range(len(lengths))] * adapters, [lengths] * adapters, workers=1, micro_batch_size=None)
-    assert (32 * short * adapters >= SPLIT_WORTH_TOKENS) == (pieces == 2)
+    (parts,) = divide([range(len(lengths))] * adapters, [lengths] * adapters, workers=1, micro_batch_size=None, worth_tokens=WORTH)
+    assert (32 * short * adapters >= WORTH) == (pieces == 2)
     whole = list(range(len(lengths)))
     expected = [whole] if pieces == 1 else [whole[:2], whole[2:]]
     assert parts == [MicroBatch([own] * adapters) for own in expected]
@@ -116,19 +121,19 @@ def test_a_mini_batch_is_cut_where_the_padding_saved_is_worth_it(short: int, ada
 
 @given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=40), adapters=st.integers(1, 4))
 def test_cuts_pay_and_none_that_would_pay_is_left(lengths: list[int], adapters: int) -> None:
-    (parts,) = divide([range(len(lengths))] * adapters, [lengths] * adapters, workers=1, micro_batch_size=None)
+    (parts,) = divide([range(len(lengths))] * adapters, [lengths] * adapters, workers=1, micro_batch_size=None, worth_tokens=WORTH)
     kept = [[lengths[row] for row in part.rows[0]] for part in parts]
     for own in kept:
-        assert max((own[0] - own[cut]) * (len(own) - cut) * adapters for cut in range(len(own))) < SPLIT_WORTH_TOKENS
+        assert max((own[0] - own[cut]) * (len(own) - cut) * adapters for cut in range(len(own))) < WORTH
     taken = adapters * sum(own[0] * len(own) for own in kept)
-    assert taken + SPLIT_WORTH_TOKENS * (len(kept) - 1) <= adapters * max(lengths) * len(lengths)
+    assert taken + WORTH * (len(kept) - 1) <= adapters * max(lengths) * len(lengths)
 
 
 @pytest.mark.parametrize("adapters", [1, 2])
 def test_a_worker_without_rows_gets_a_filler(adapters: int) -> None:
     """One row, of one adapter, and the shortest there is."""
     lengths = [[9, 3, 5], [4, 2, 1]][:adapters]
-    shares = divide([[0, 1, 2]] * adapters, lengths, workers=4, micro_batch_size=None)
+    shares = divide([[0, 1, 2]] * adapters, lengths, workers=4, micro_batch_size=None, worth_tokens=WORTH)
     parts = [part for share in shares for part in share]
     assert [part.is_filler for part in parts].count(True) == 1
     (filler,) = (part for part in parts if part.is_filler)
@@ -136,5 +141,5 @@ def test_a_worker_without_rows_gets_a_filler(adapters: int) -> None:
 
 
 def test_a_filler_is_of_an_adapter_that_has_rows() -> None:
-    shares = divide([[], [1]], [[5], [7, 8]], workers=2, micro_batch_size=None)
+    shares = divide([[], [1]], [[5], [7, 8]], workers=2, micro_batch_size=None, worth_tokens=WORTH)
     assert sorted((part.is_filler, part.rows) for share in shares for part in share) == [(False, [[], [1]]), (True, [[], [1]])]

@@ -66,7 +66,8 @@ def test_packs_stop_where_they_do_not_pay(data_file: Path) -> None:
 
 
 def test_packs_stop_where_memory_does(data_file: Path) -> None:
-    runs = [run_spec(data_file, seed=seed).model_copy(update={"compute_precision": "bf16", "precision": "bf16"}) for seed in range(8)]
+    short = {"compute_precision": "bf16", "precision": "bf16", "row_characters": 8.0}
+    runs = [run_spec(data_file, seed=seed).model_copy(update=short) for seed in range(8)]
     packs = [
         max(trial.pack for trial in make_trials(runs, GPUS.model_copy(update={"gpu_memory_gb": size, "max_gpus": 1}), LARGE, "auto", True))
         for size in (80, 160, 320, 1000)
