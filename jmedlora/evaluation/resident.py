@@ -89,9 +89,9 @@ class Resident:
         """Puts adapters beside the base's layers; a layer that one does not change gets zeros from it."""
         layers = sorted({name for adapter in adapters for name in adapter.layers})
         shapes = [adapter.shape for adapter in adapters]
-        pack = self.pack = AdapterPack(self.model, layers, shapes, torch.device(self.device), self.model.dtype)
+        pack = self.pack = AdapterPack(self.model, layers, shapes, torch.device(self.device))
         for number, adapter in enumerate(adapters):
-            pack.fill(number, {**pack.parameters_of(number), **adapter.weights})
+            pack.fill(number, {**pack.parts(number), **adapter.weights})
 
     def unload(self) -> None:
         """Takes the adapters' layers out again: what is left is the base as it was loaded."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -69,10 +70,10 @@ class Shape(NamedTuple):
 
 
 class AdapterPack:
-    """N adapters put into a base model, which is changed in place until `detach`; only their weights are trainable.
+    """N adapters put into a base model, which is changed in place until `detach`.
 
-    `enter` says before each forward which rows belong to which adapter. Weights are named as PEFT's files name them, and given
-    and taken at an adapter's own rank.
+    `enter` says before each forward which rows belong to which adapter. Weights are named and shaped as PEFT's files have them, at an
+    adapter's own rank.
     """
 
     def __init__(
@@ -81,86 +82,130 @@ class AdapterPack:
         targets: Sequence[str],
         shapes: Sequence[Shape],
         device: torch.device,
-        dtype: torch.dtype | None = None,
     ):
-        """targets: names of linear layers, whole or their last parts.
-
-        Weights are zero, on `device`, in fp32 or more unless `dtype` says else.
-        """
-        dtype = dtype or torch.promote_types(model.dtype, torch.float32)
+        """targets: names of linear layers, whole or their last parts. Weights are zero, on `device`, in the model's format."""
         self.model = model
         self.shapes = list(shapes)
         self.rank = max(shape.rank for shape in shapes)
-        """The widest one's: of all parameters as long as they are here."""
+        """The widest one's."""
         names = [name for name, module in model.named_modules() if _is_target(name, module, targets)]
+        linear = [model.get_submodule(name) for name in names]
+        widths = [layer.in_features + layer.out_features for layer in linear]
+        self.width: int = sum(widths)
+        """Values that all layers have of one rank."""
+        weights = torch.zeros(len(shapes), self.rank, self.width, device=device, dtype=model.dtype)
         scaling = torch.tensor([shape.alpha / shape.rank for shape in shapes], dtype=torch.float64)[:, None, None]
-        self._batch = Batch(scaling.to(device, torch.float32 if dtype != torch.float64 else dtype))
+        self.batch = Batch(scaling.to(device, torch.promote_types(model.dtype, torch.float32)), weights)
         if any(shape.chances.probability for shape in shapes):
-            self._batch.dropout = KeyedDropout([shape.chances for shape in shapes], [PREFIX + name for name in names], device)
+            self.batch.dropout = KeyedDropout([shape.chances for shape in shapes], [PREFIX + name for name in names], device)
         self._layers: dict[str, PackedLinear] = {}
-        for place, name in enumerate(names):
-            layer = PackedLinear(model.get_submodule(name), place, len(shapes), self.rank, self._batch, device, dtype)
-            _put(model, name, layer)
-            self._layers[PREFIX + name] = layer
+        starts = itertools.accumulate(widths, initial=0)
+        for place, (name, layer, start) in enumerate(zip(names, linear, starts)):
+            packed = PackedLinear(layer, place, start, self.batch)
+            _put(model, name, packed)
+            self._layers[PREFIX + name] = packed
 
     def __len__(self) -> int:
         return len(self.shapes)
 
     def enter(self, adapters: Sequence[RowsOfAdapter]) -> None:
         """Sets the rows of each adapter, in the order of the batch; holds until the next call."""
-        self._batch.enter(adapters)
+        self.batch.enter(adapters)
 
-    def mute(self, adapters: list[int]) -> None:
-        """The gradients of these are zero in the next backward, even where what they are made of is not finite."""
-        self._batch.muted = adapters
+    def flat(self, adapter: int, whole: Tensor | None = None) -> Tensor:
+        """All weights of an adapter in the pack, (rank * width,), which changes with it; or its part of another (N, R, W)."""
+        return (self.batch.weights if whole is None else whole)[adapter].view(-1)[: self.shapes[adapter].rank * self.width]
 
-    def parameters_of(self, adapter: int) -> dict[str, nn.Parameter]:
-        """The weights of one adapter as they stand in the model, at the pack's rank, by name."""
+    def parts(self, adapter: int, flat: Tensor | None = None) -> dict[str, Tensor]:
+        """The weights of an adapter, or another vector of that kind, by name: views of the same values."""
+        rows = (self.flat(adapter) if flat is None else flat).view(self.shapes[adapter].rank, self.width)
         found = {}
         for name, layer in self._layers.items():
-            found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = layer.adapter(adapter)
+            found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = layer.down(rows), layer.up(rows).T
         return found
 
     @torch.no_grad()
-    def fill(self, adapter: int, weights: Mapping[str, Tensor]) -> None:
-        """Sets an adapter's weights, at its own rank. Raises KeyError where the names are not its own, ValueError where a shape is not."""
-        parameters = self.parameters_of(adapter)
-        if weights.keys() != parameters.keys():
-            raise KeyError(", ".join(sorted(weights.keys() ^ parameters.keys())[:3]))
-        for name, parameter in parameters.items():
-            missing = [whole - own for whole, own in zip(parameter.shape, weights[name].shape, strict=True)]
-            if missing.pop(_rank_axis(name)) < 0 or any(missing):
-                raise ValueError(f"{name}: {tuple(weights[name].shape)} does not fit into {tuple(parameter.shape)}")
-            parameter.copy_(self.padded(name, weights[name]))
+    def fill(self, adapter: int, weights: Mapping[str, Tensor], flat: Tensor | None = None) -> None:
+        """Sets an adapter's weights, of its own rank or less, in the pack or in another vector of that kind.
 
-    def start(self, adapter: int, seed: int) -> None:
-        """Sets an adapter's weights to those of a fresh one: A from the seed and the layer's name alone, B zero."""
-        parameters = self.parameters_of(adapter)
-        rank = self.shapes[adapter].rank
+        Raises KeyError where the names are not its own, ValueError where a shape is not.
+        """
+        parts = self.parts(adapter, flat)
+        if weights.keys() != parts.keys():
+            raise KeyError(", ".join(sorted(weights.keys() ^ parts.keys())[:3]))
+        for name, part in parts.items():
+            axis, given = _rank_axis(name), weights[name]
+            missing = [whole - own for whole, own in zip(part.shape, given.shape, strict=True)]
+            if missing.pop(axis) < 0 or any(missing):
+                raise ValueError(f"{name}: {tuple(given.shape)} does not fit into {tuple(part.shape)}")
+            part.narrow(axis, 0, given.shape[axis]).copy_(given)
+            part.narrow(axis, given.shape[axis], part.shape[axis] - given.shape[axis]).zero_()
+
+    def fresh(self, adapter: int, seed: int) -> dict[str, Tensor]:
+        """The weights that an adapter starts with, in fp32: A from the seed and the layer's name alone, B zero."""
+        rank, found = self.shapes[adapter].rank, {}
         for name, layer in self._layers.items():
-            first = f"{name}.lora_A.weight"
-            fresh = initial(name, rank, layer.base_layer.in_features, seed)
-            parameters[first].data.copy_(self.padded(first, fresh))
-            parameters[f"{name}.lora_B.weight"].data.zero_()
+            found[f"{name}.lora_A.weight"] = initial(name, rank, layer.base_layer.in_features, seed)
+            found[f"{name}.lora_B.weight"] = torch.zeros(layer.base_layer.out_features, rank)
+        return found
 
-    def padded(self, name: str, weight: Tensor) -> Tensor:
-        """A weight, or anything of its shape, at the pack's rank."""
-        missing = self.rank - weight.shape[_rank_axis(name)]
-        return nn.functional.pad(weight, (0, 0, 0, missing) if _rank_axis(name) == 0 else (0, missing))
-
-    def cut(self, adapter: int, name: str, weight: Tensor) -> Tensor:
-        """The inverse: at the adapter's own rank."""
-        return weight.narrow(_rank_axis(name), 0, self.shapes[adapter].rank)
-
-    def cast(self, dtype: torch.dtype) -> None:
-        """Turns the weights into another number format, before an optimizer knows them."""
-        for layer in self._layers.values():
-            layer.cast(dtype)
+    def to(self, device: torch.device) -> None:
+        """Moves the weights, before they are trained."""
+        self.batch.weights, self.batch.scaling = self.batch.weights.to(device), self.batch.scaling.to(device)
 
     def detach(self) -> None:
         """Takes the adapters out of the model again."""
         for name, layer in self._layers.items():
             _put(self.model, name.removeprefix(PREFIX), layer.base_layer)
+
+
+class TrainedWeights(nn.Module):
+    """The parameters of a pack's adapters: a vector each, in fp32 or more.
+
+    Called once before each forward of the model: puts the values where the layers find them, and gives a scalar zero that the loss has to
+    depend on, so that gradients find their way back.
+    """
+
+    def __init__(self, pack: AdapterPack):
+        super().__init__()
+        self._pack = pack
+        dtype = torch.promote_types(pack.batch.weights.dtype, torch.float32)
+        for adapter in range(len(pack)):
+            values = pack.flat(adapter).to(dtype)  # the pack's own where the format is the same
+            self.register_parameter(f"adapter_{adapter}", nn.Parameter(values))
+        self.muted: list[int] = []
+        """Adapters whose loss is not finite: their gradients are zero in the next backward, whatever is computed."""
+
+    def __len__(self) -> int:
+        return len(self._pack)
+
+    def forward(self) -> Tensor:
+        self.muted = []
+        anchor: Tensor = _Values.apply(self, self._pack, *self.parameters())
+        self._pack.batch.anchor = anchor
+        return anchor
+
+
+class _Values(torch.autograd.Function):
+    """From the parameters to the values that the layers work with, and from these one's gradients to the parameters'."""
+
+    @staticmethod
+    def forward(ctx: Any, owner: TrainedWeights, pack: AdapterPack, *parameters: Tensor) -> Tensor:
+        for adapter, parameter in enumerate(parameters):
+            values = pack.flat(adapter)
+            if values.data_ptr() != parameter.data_ptr():  # DeepSpeed has put it elsewhere, or the layers compute in another format
+                values.copy_(parameter)
+        ctx.owner, ctx.pack, ctx.dtype = owner, pack, parameters[0].dtype
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        pack: AdapterPack = ctx.pack
+        whole = pack.batch.room_for_gradients()
+        pack.batch.gradients = pack.batch.anchor = None
+        for adapter in ctx.owner.muted:
+            whole[adapter].zero_()
+        return None, None, *(pack.flat(adapter, whole).to(ctx.dtype) for adapter in range(len(pack)))
 
 
 def lora_config(settings: RunSettings, targets: Sequence[str]) -> LoraConfig:

@@ -1,9 +1,14 @@
-"""Low-rank products of many adapters at once: one linear layer of the base model, and what a pack of adapters adds to it."""
+"""Low-rank products of many adapters at once: one linear layer of the base model, and what a pack of adapters adds to it.
+
+The weights of N adapters lie in one tensor (N, R, W): R is the widest adapter's rank, and a row holds what all layers have of one rank,
+A's row and B's column of each. A narrower adapter is the beginning of its part, and the rest is zero. So an adapter is one vector:
+one parameter, one gradient, one step, however many layers it changes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,10 +48,14 @@ class Batch:
 
     scaling: Tensor
     """(N, 1, 1): alpha over rank of each adapter."""
+    weights: Tensor
+    """(N, R, W): of all adapters and layers."""
     dropout: KeyedDropout | None = None
     layout: Layout | None = None
-    muted: list[int] = field(default_factory=list)
-    """Adapters whose loss is not finite: their gradients are zero, whatever is computed."""
+    anchor: Tensor | None = None
+    """A scalar that stands for the adapters' parameters in autograd's graph; None where they are not trained."""
+    gradients: Tensor | None = None
+    """(N, R, W): of the backward at hand, as far as it has come."""
 
     def known_layout(self) -> Layout:
         """The layout of the batch at hand."""
@@ -57,9 +66,14 @@ class Batch:
     def enter(self, adapters: Sequence[RowsOfAdapter]) -> None:
         """Sets the rows of each adapter, in the order of the batch."""
         self.layout = Layout([len(each.rows) for each in adapters], self.scaling.device)
-        self.muted = []
         if self.dropout is not None:
             self.dropout.enter(adapters)
+
+    def room_for_gradients(self) -> Tensor:
+        """(N, R, W), zero where nothing was put yet."""
+        if self.gradients is None:
+            self.gradients = torch.zeros_like(self.weights)
+        return self.gradients
 
 
 class PackedLinear(nn.Module):
@@ -69,49 +83,24 @@ class PackedLinear(nn.Module):
     here; what a narrower one does not use is zero, and stays so: its gradients are products with zeros.
     """
 
-    def __init__(self, base_layer: nn.Linear, place: int, adapters: int, rank: int, batch: Batch, device: torch.device, dtype: torch.dtype):
-        """place: of this layer among the pack's, for its dropout."""
+    def __init__(self, base_layer: nn.Linear, place: int, start: int, batch: Batch):
+        """place: of this layer among the pack's, for its dropout. start: of its values in a row of the pack's weights."""
         super().__init__()
         self.base_layer = base_layer
         self._batch = batch
         self._place = place
-        self._down = torch.zeros(adapters, rank, base_layer.in_features, device=device, dtype=dtype)
-        self._up = torch.zeros(adapters, base_layer.out_features, rank, device=device, dtype=dtype)
-        for adapter in range(adapters):
-            self.register_parameter(f"lora_A_{adapter}", nn.Parameter(self._down[adapter]))
-            self.register_parameter(f"lora_B_{adapter}", nn.Parameter(self._up[adapter]))
-        self._names = [f"lora_A_{adapter}" for adapter in range(adapters)], [f"lora_B_{adapter}" for adapter in range(adapters)]
+        self._middle = start + base_layer.in_features
+        self._down = slice(start, self._middle)
+        self._up = slice(self._middle, self._middle + base_layer.out_features)
         self.train(base_layer.training)
 
-    def adapter(self, adapter: int) -> tuple[nn.Parameter, nn.Parameter]:
-        """A (R, in) and B (out, R) of one adapter."""
-        return getattr(self, f"lora_A_{adapter}"), getattr(self, f"lora_B_{adapter}")
+    def down(self, weights: Tensor) -> Tensor:
+        """This layer's part of (..., W): the A of adapters, (..., in)."""
+        return weights[..., self._down]
 
-    def cast(self, dtype: torch.dtype) -> None:
-        """Turns the weights into another number format, before an optimizer knows them."""
-        for kept, names in zip(("_down", "_up"), self._names, strict=True):
-            whole = self._stacked(kept, names).to(dtype)
-            setattr(self, kept, whole)
-            for name, part in zip(names, whole, strict=True):
-                getattr(self, name).data = part
-
-    def down(self) -> Tensor:
-        """The A of all adapters, (N, R, in), without gradients."""
-        return self._stacked("_down", self._names[0])
-
-    def up(self) -> Tensor:
-        """The B of all adapters, (N, out, R), without gradients."""
-        return self._stacked("_up", self._names[1])
-
-    def _stacked(self, kept: str, names: list[str]) -> Tensor:
-        """The tensor that the parameters are parts of, as long as they are: DeepSpeed may put them elsewhere, for good or for a moment."""
-        parts = [self._parameters[name] for name in names]
-        whole: Tensor | None = getattr(self, kept)
-        if whole is not None and parts[-1].data_ptr() == whole[-1].data_ptr() and parts[0].data_ptr() == whole.data_ptr():  # type: ignore[union-attr]
-            return whole
-        setattr(self, kept, None)
-        data = [part.data for part in parts]  # type: ignore[union-attr]
-        return data[0].unsqueeze(0) if len(data) == 1 else torch.stack(data)
+    def up(self, weights: Tensor) -> Tensor:
+        """Likewise B, transposed: (..., out)."""
+        return weights[..., self._up]
 
     def forward(self, rows: Tensor) -> Tensor:
         out = self.base_layer(rows)
@@ -121,36 +110,36 @@ class PackedLinear(nn.Module):
             masks = dropout.masks(self._place, rows.shape[1], rows.shape[2], rows.dtype)
         if masks is None and not torch.is_grad_enabled():
             return self._added(out, rows)
-        weights = [self._parameters[name] for names in self._names for name in names]
-        return _LowRank.apply(out, rows, masks, self, self._batch, *weights)
+        return _LowRank.apply(out, rows, masks, self, self._batch, self._batch.anchor)
 
     def _added(self, out: Tensor, rows: Tensor) -> Tensor:
         """The same as below, for an `out` that nobody else has, and without gradients."""
-        layout = self._batch.known_layout()
-        narrow = torch.bmm(layout.group(rows), self.down().transpose(1, 2)).mul_(self._batch.scaling.to(rows.dtype))
-        up = self.up().transpose(1, 2)
+        layout, weights = self._batch.known_layout(), self._batch.weights
+        narrow = torch.bmm(layout.group(rows), self.down(weights).transpose(1, 2)).mul_(self._batch.scaling.to(rows.dtype))
         if layout.places is None:
-            return out.view(layout.adapters, -1, out.shape[-1]).baddbmm_(narrow, up).view(out.shape)
-        return out.add_(layout.ungroup(torch.bmm(narrow, up), rows.shape[1]))
+            return out.view(layout.adapters, -1, out.shape[-1]).baddbmm_(narrow, self.up(weights)).view(out.shape)
+        return out.add_(layout.ungroup(torch.bmm(narrow, self.up(weights)), rows.shape[1]))
 
 
 class _LowRank(torch.autograd.Function):
     """out + scaling * B (A dropout(rows)), for the rows of every adapter.
 
-    Weights are stacked again in the backward, not kept: where DeepSpeed shards them, they are there only around each layer.
+    Gradients of the weights are put where the pack collects them; the anchor gets none, but its turn comes after all layers'.
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, rows: Tensor, masks: Masks | None, layer: PackedLinear, batch: Batch, *weights: Tensor) -> Tensor:
-        layout = batch.known_layout()
+    def forward(
+        ctx: Any, out: Tensor, rows: Tensor, masks: Masks | None, layer: PackedLinear, batch: Batch, anchor: Tensor | None
+    ) -> Tensor:
+        layout, weights = batch.known_layout(), batch.weights
         dropped = rows if masks is None else masks.apply(rows)
-        narrow = torch.bmm(layout.group(dropped), layer.down().transpose(1, 2)).mul_(batch.scaling.to(rows.dtype))
+        narrow = torch.bmm(layout.group(dropped), layer.down(weights).transpose(1, 2)).mul_(batch.scaling.to(rows.dtype))
         ctx.save_for_backward(dropped, narrow, *(masks or ()))
-        ctx.layer, ctx.batch, ctx.layout, ctx.has_masks = layer, batch, layout, masks is not None
-        up = layer.up().transpose(1, 2)
+        ctx.layer, ctx.batch, ctx.layout = layer, batch, layout
+        ctx.is_trained = anchor is not None
         if layout.places is None:
-            return torch.baddbmm(out.view(layout.adapters, -1, out.shape[-1]), narrow, up).view(out.shape)
-        return out + layout.ungroup(torch.bmm(narrow, up), rows.shape[1])
+            return torch.baddbmm(out.view(layout.adapters, -1, out.shape[-1]), narrow, layer.up(weights)).view(out.shape)
+        return out + layout.ungroup(torch.bmm(narrow, layer.up(weights)), rows.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -158,15 +147,14 @@ class _LowRank(torch.autograd.Function):
         layer, batch, layout = ctx.layer, ctx.batch, ctx.layout
         (gradient,) = gradients
         above = layout.group(gradient)
-        of_up = torch.bmm(above.transpose(1, 2), narrow)
-        of_narrow = torch.bmm(above, layer.up()).mul_(batch.scaling.to(above.dtype))
-        of_down = torch.bmm(of_narrow.transpose(1, 2), layout.group(dropped))
+        of_narrow = torch.bmm(above, layer.up(batch.weights).transpose(1, 2)).mul_(batch.scaling.to(above.dtype))
+        if ctx.is_trained:
+            room = batch.room_for_gradients()
+            torch.bmm(narrow.transpose(1, 2), above, out=layer.up(room))
+            torch.bmm(of_narrow.transpose(1, 2), layout.group(dropped), out=layer.down(room))
         of_rows = None
         if ctx.needs_input_grad[1]:
-            of_rows = layout.ungroup(torch.bmm(of_narrow, layer.down()), dropped.shape[1])
+            of_rows = layout.ungroup(torch.bmm(of_narrow, layer.down(batch.weights)), dropped.shape[1])
             if masks:
                 of_rows = Masks(*masks).apply(of_rows)
-        for adapter in batch.muted:
-            of_down[adapter].zero_()
-            of_up[adapter].zero_()
-        return gradient, of_rows, None, None, None, *of_down.unbind(0), *of_up.unbind(0)
+        return gradient, of_rows, None, None, None, None

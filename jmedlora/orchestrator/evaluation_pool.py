@@ -24,6 +24,7 @@ from jmedlora.orchestrator.evaluation_lease import EvaluatedElsewhere, evaluatio
 from jmedlora.orchestrator.evaluation_queue import EvaluationQueue, JobId, is_api
 from jmedlora.orchestrator.ledger import Job
 from jmedlora.plan.layout import Storage
+from jmedlora.plan.packing import evaluated_together
 from jmedlora.plan.records import Record, read_metrics
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec
 
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from jmedlora.evaluation.making import AnyEvaluator
 
 POLL_S = 0.5
-AUTO_PACK = 8
-"""Adapters that `pack: auto` evaluates at once, at most."""
 
 
 @ray.remote
@@ -169,7 +168,7 @@ class EvaluationPool:
                 self._end(slot)
 
     def _assign(self) -> None:
-        at_once = AUTO_PACK if self.pack == "auto" else self.pack
+        at_once = evaluated_together(self.pack)
         for slot in self._slots:
             if not slot.jobs and (jobs := self._queue.take(slot.resident, slot.run_key, slot.behind_address, at_once)):
                 self._start(slot, jobs)

@@ -86,14 +86,16 @@ def sizes_of(run: RunSpec, workers: int, shape: Architecture, row_tokens: float 
 def held(sizes: Sizes) -> dict[str, float]:
     run, stage, workers = sizes.run, sizes.stage, sizes.workers
     weights = weight_bytes(sizes.shape, sizes.family, run.precision, run.compute_precision, run.method.double_quantisation)
-    has_masters = stage > 0 or run.compute_precision == "bf16"
+    # what the layers work with; without sharding, parameters in fp32 are the same
+    values = sizes.adapter * sizes.low
+    parameters = 4.0 * sizes.adapter / (workers if stage == 3 else 1) if stage or run.compute_precision == "bf16" else 0.0
     items = {
         "base weights": weights / (workers if stage == 3 else 1),
-        "adapter": sizes.adapter * sizes.low / (workers if stage == 3 else 1),
-        "optimizer": sizes.adapter * (12.0 if has_masters else 8.0) / (workers if stage else 1),
+        "adapter": values + parameters,
+        "optimizer": sizes.adapter * (12.0 if stage else 8.0) / (workers if stage else 1),
     }
     if stage == 3 and workers > 1:
-        items["gathered weights"] = min(weights + sizes.adapter * sizes.low, ZERO3_LIVE * sizes.low)
+        items["gathered weights"] = min(weights + 4.0 * sizes.adapter, ZERO3_LIVE * sizes.low)
     return items
 
 
@@ -101,7 +103,7 @@ def held(sizes: Sizes) -> dict[str, float]:
 
 
 def backward(sizes: Sizes) -> Iterable[dict[str, float]]:
-    """Items of the two moments of a backward pass that may be the peak: at the loss, and within a layer."""
+    """Items of the moments of a backward pass that may be the peak: at the loss, within a layer, and where its gradients are added up."""
     shape, tokens, low = sizes.shape, sizes.tokens, sizes.low
     layer = tokens * _kept_by_layer(sizes)
     kept = {"gradients": _gradients(sizes), "activations": layer * shape.layers}
@@ -113,30 +115,28 @@ def backward(sizes: Sizes) -> Iterable[dict[str, float]]:
     # per token and word: the logarithms of the probabilities and two gradients, in fp32
     yield {**kept, "logits": sizes.labelled * (12.0 * shape.vocabulary + 2 * low * shape.hidden_size)}
     yield {**in_layer, "workspace": tokens * _passing(sizes) + dequantised}
+    if sizes.low < 4.0:
+        yield {"gradients": kept["gradients"] + 4.0 * sizes.adapter}  # another format than that in which they are added up
 
 
 def _gradients(sizes: Sizes) -> float:
-    """What is added up over micro-batches, and the buckets that ZeRO reduces it in."""
-    bucket = sizes.low * min(sizes.adapter, LARGEST_BUCKET) if sizes.workers > 1 or sizes.stage == 3 else 0.0
-    if sizes.stage == 0:
-        return sizes.low * sizes.adapter
-    if sizes.stage == 1:
-        return sizes.low * sizes.adapter + bucket
-    return 4.0 * sizes.adapter / sizes.workers + 2 * bucket
+    """Those of the micro-batch at hand, what is added up in fp32, and the buckets that ZeRO reduces it in."""
+    bucket = 4.0 * min(sizes.adapter, LARGEST_BUCKET) if sizes.workers > 1 or sizes.stage == 3 else 0.0
+    here = sizes.low * sizes.adapter
+    if sizes.stage < 2:
+        return here + 4.0 * sizes.adapter + (bucket if sizes.stage else 0.0)
+    return here + 4.0 * sizes.adapter / sizes.workers + 2 * bucket
 
 
-def optimizer_step(sizes: Sizes, on_gpu: bool) -> dict[str, float]:
-    """Items of the optimizer's step: gradients in fp32, and Adam's denominators (on the CPU made one by one, and twice)."""
+def optimizer_step(sizes: Sizes) -> dict[str, float]:
+    """Items of the optimizer's step: gradients in fp32."""
     adapter, workers = float(sizes.adapter), sizes.workers
-    largest = sizes.run.settings.rank * max(max(layer.in_features, layer.out_features) for layer in sizes.adapted)
     if sizes.stage == 0:
-        if sizes.run.compute_precision == "fp32":
-            return {"gradients": 4 * adapter, "workspace": 4 * adapter}  # all are copied into one tensor to be reduced
-        return {"gradients": 6 * adapter, "workspace": 4 * adapter if on_gpu else 8.0 * largest}
+        return {"gradients": 4 * adapter}
     own = adapter / workers
-    bucket = sizes.low * min(adapter, LARGEST_BUCKET)
+    bucket = 4.0 * min(adapter, LARGEST_BUCKET)
     gradients = 8 * own + bucket if sizes.stage == 3 else 4 * own
-    return {"gradients": gradients, "workspace": (4 if on_gpu else 8) * own}
+    return {"gradients": gradients, "workspace": 4 * own}
 
 
 def _kept_by_layer(sizes: Sizes) -> float:

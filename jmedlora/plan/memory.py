@@ -48,7 +48,7 @@ def memory_of(
     row_tokens: length of its rows, where they are shorter than the settings allow.
     """
     sizes = sizes_of(run, workers, shape, row_tokens, pack)
-    peak = max([*backward(sizes), optimizer_step(sizes, on_gpu)], key=lambda moment: sum(moment.values()))
+    peak = max([*backward(sizes), optimizer_step(sizes)], key=lambda moment: sum(moment.values()))
     items = {**held(sizes), **peak}
     if on_gpu:
         items |= {"CUDA and allocator": GPU_OVERHEAD_BYTES + SLACK * sum(items.values())}
@@ -59,18 +59,18 @@ def memory_of(
 
 
 def evaluation_memory(
-    spec: RunSpec | BaseSpec, evaluations: list[EvaluationSpec], shape: Architecture, on_gpu: bool, adapter: int = 0
+    spec: RunSpec | BaseSpec, evaluations: list[EvaluationSpec], shape: Architecture, on_gpu: bool, adapter: int = 0, pack: int = 1
 ) -> MemoryEstimate:
-    """The estimate of an evaluator that answers these evaluations one after another, with an adapter of so many weights in fp32.
+    """The estimate of an evaluator that answers these evaluations one after another, with `pack` adapters of so many weights at once.
 
     Prompts are taken to be twice as long as their mean, or as long as the model can read.
     """
     double = spec.method.double_quantisation if isinstance(spec, RunSpec) else spec.double_quantisation
     items: dict[str, float] = {
         "base weights": weight_bytes(shape, spec.model.family, spec.precision, spec.compute_precision, double),
-        "adapter": 4.0 * adapter,
+        "adapter": BYTES[spec.compute_precision] * adapter * pack,
     }
-    answering = [_answering(spec, each, shape) for each in evaluations]
+    answering = [_answering(spec, each, shape, pack) for each in evaluations]
     if answering:
         needed = [sum(parts.values()) for parts in answering]
         items |= answering[needed.index(max(needed))]
@@ -79,9 +79,9 @@ def evaluation_memory(
     return MemoryEstimate(items, 0.0)
 
 
-def _answering(spec: RunSpec | BaseSpec, evaluation: EvaluationSpec, shape: Architecture) -> dict[str, float]:
+def _answering(spec: RunSpec | BaseSpec, evaluation: EvaluationSpec, shape: Architecture, pack: int) -> dict[str, float]:
     low, hidden, inner = BYTES[spec.compute_precision], shape.hidden_size, shape.intermediate_size
-    rows, weighs = evaluation.batch_size, evaluation.scoring == "loglikelihood"
+    rows, weighs = evaluation.batch_size * pack, evaluation.scoring == "loglikelihood"
     new = CHOICE_TOKENS if weighs else evaluation.max_new_tokens
     prompt = min(2 * evaluation.prompt_characters * spec.model.tokens_per_character, max(shape.max_positions - new, 1))
     kv = hidden // shape.heads * shape.kv_heads

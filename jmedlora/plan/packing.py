@@ -25,6 +25,8 @@ LARGEST_PACK = 16
 OVERHEAD_SHARE = 0.05
 """On a CPU, a pack grows until what a step costs beside arithmetic is less than this share of it; on a GPU, until arithmetic takes as long:
 kernels are launched while others run."""
+EVALUATED_TOGETHER = 8
+"""Adapters that are evaluated at once where the sweep does not say."""
 LONGEST_TRIAL_S = 3600.0
 """Trials of more work are divided, so that places which become free find something to do, and scores come in early."""
 
@@ -92,6 +94,11 @@ def packed_seconds(trajectories: Sequence[Trajectory], pack: int) -> float:
     arithmetic = sum(each.arithmetic_s for each in trajectories)
     overhead = max(max(each.overhead_s for each in trajectories), sum(each.overhead_s for each in trajectories) / pack)
     return arithmetic + overhead
+
+
+def evaluated_together(pack: PackSize) -> int:
+    """How many adapters are evaluated at once, at most."""
+    return EVALUATED_TOGETHER if pack == "auto" else pack
 
 
 def trial_trajectories(trial: TrialSpec, resources: ResourcesConfig, shape: Architecture) -> list[Trajectory]:

@@ -18,6 +18,7 @@ from jmedlora.plan.estimates import Totals, TrialEstimate, api_cost, estimate_to
 from jmedlora.plan.fitting import hints_of, shapes_of
 from jmedlora.plan.memory import GIGABYTE, evaluation_memory
 from jmedlora.plan.naming import names_of
+from jmedlora.plan.packing import evaluated_together
 from jmedlora.plan.shapes import lora_parameters
 from jmedlora.plan.specs import BaseSpec, Plan, RunSpec
 
@@ -33,7 +34,10 @@ def estimates_of(plan: Plan, config: SweepConfig) -> tuple[list[TrialEstimate], 
 
 
 def evaluation_memory_gb(plan: Plan, config: SweepConfig) -> dict[str, float]:
-    """Memory of an evaluator of each base with its largest adapter, in GB, by the base's run key; of models with known shapes."""
+    """Memory of an evaluator of each base with its largest adapter, as many times as it takes at once, in GB, by the base's run key.
+
+    Of models with known shapes.
+    """
     shapes, on_gpu = shapes_of(config), config.resources.gpus_per_worker > 0
     found = {}
     for base in plan.bases:
@@ -41,7 +45,8 @@ def evaluation_memory_gb(plan: Plan, config: SweepConfig) -> dict[str, float]:
             continue
         runs = [run for run in plan.runs if run.base_key == base.run_key]
         adapter = max((lora_parameters(run.model.family, shape, run.settings.rank, run.settings.targets) for run in runs), default=0)
-        found[base.run_key] = evaluation_memory(base, plan.asked_of(base), shape, on_gpu, adapter).total / GIGABYTE
+        pack = max(1, min(evaluated_together(plan.pack), sum(len(run.checkpoint_steps) for run in runs)))
+        found[base.run_key] = evaluation_memory(base, plan.asked_of(base), shape, on_gpu, adapter, pack).total / GIGABYTE
     return found
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jmedlora.config.run import RunSettings
-from jmedlora.models.lora import AdapterPack
+from jmedlora.models.lora import AdapterPack, TrainedWeights
 from jmedlora.training.loss import AnswerLoss, Collated
 from jmedlora.training.optimizer import GroupClippingAdamW
 from jmedlora.training.optimizer_state import WEIGHT, OptimizerState, Start
@@ -56,27 +56,28 @@ class PackEngine:
         self._checkpointing = settings[0].gradient_checkpointing
         if self._checkpointing:
             pack.model.activation_checkpointing_enable({"use_reentrant": False})
+        pack.to(worker.device)
+        weights = self._weights = TrainedWeights(pack)
+        self._parameters = list(weights.parameters())
         starts = starts or [Start()] * len(pack)
-        for adapter, start in enumerate(starts):
-            if start.state is None:
-                pack.start(adapter, settings[adapter].seed)
-            else:
-                pack.fill(adapter, {name: start.state[f"{WEIGHT}/{name}"] for name in pack.parameters_of(adapter)})
-        parameters = [pack.parameters_of(adapter) for adapter in range(len(pack))]
-        if compute_precision == "bf16":
-            pack.cast(torch.bfloat16)
-        module = AnswerLoss(pack.model, len(pack))
+        for adapter, (start, parameter) in enumerate(zip(starts, self._parameters, strict=True)):
+            known = start.state
+            values = pack.fresh(adapter, settings[adapter].seed)
+            if known is not None:
+                values = {name: known[f"{WEIGHT}/{name}"] for name in values}
+            pack.fill(adapter, values, parameter)
+        module = AnswerLoss(pack.model, weights)
         module.train()
         self._linear = torch.nn.functional.linear
-        config = _engine_config(stage, compute_precision, sum(weight.numel() for own in parameters for weight in own.values()))
+        config = _engine_config(stage, sum(parameter.numel() for parameter in self._parameters))
         if stage == 3:
             # Piece by piece: DeepSpeed's own way would first put the whole model on every GPU.
             for buffer in module.buffers():
                 buffer.data = buffer.data.to(worker.device)
             deepspeed.zero.Init(module=module, config_dict_or_path=config)
         groups = [
-            {"params": list(own.values()), "lr": each.learning_rate, "weight_decay": each.weight_decay, "max_grad_norm": each.max_grad_norm}
-            for own, each in zip(parameters, settings, strict=True)
+            {"params": [parameter], "lr": each.learning_rate, "weight_decay": each.weight_decay, "max_grad_norm": each.max_grad_norm}
+            for parameter, each in zip(self._parameters, settings, strict=True)
         ]
         self._optimizer = GroupClippingAdamW(groups, sharded=stage > 0)
         engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
@@ -87,7 +88,7 @@ class PackEngine:
         self._optimizer.arm()
         self.engine = engine
         self._stage = stage
-        self._states = OptimizerState(engine, self._optimizer, pack, stage)
+        self._states = OptimizerState(engine, self._optimizer, pack, self._parameters, stage)
         self._states.scatter(starts)
 
     def backward(self, batch: Collated, labelled: Sequence[int], last: bool) -> Tensor:
@@ -101,7 +102,7 @@ class PackEngine:
         broken: list[int] = []
         if len(self._pack) > 1 and not bool(torch.isfinite(losses.detach()).all()):
             broken = [adapter for adapter, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
-        self._pack.mute(broken)
+        self._weights.muted = broken
         # DeepSpeed averages over the workers; the loss is a sum over them.
         shares = [0.0 if adapter in broken else self._worker.workers / count for adapter, count in enumerate(labelled)]
         counted = losses if not broken else torch.where(torch.isfinite(losses), losses, torch.zeros_like(losses))
@@ -127,9 +128,10 @@ class PackEngine:
 
     def adapter_tensors(self, adapter: int) -> dict[str, Tensor]:
         """An adapter's weights, whole, at its own rank and on the CPU, by their names in PEFT's files."""
-        parameters = self._pack.parameters_of(adapter)
-        with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=self._stage == 3):
-            return {name: self._pack.cut(adapter, name, each.detach()).to("cpu", copy=True) for name, each in parameters.items()}
+        parameter = self._parameters[adapter]
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
+            parts = self._pack.parts(adapter, parameter.detach())
+            return {name: part.to("cpu", self._pack.batch.weights.dtype, copy=True).contiguous() for name, part in parts.items()}
 
     def state_tensors(self, adapter: int) -> dict[str, Tensor]:
         """Weights in fp32 and moments, whole, at the adapter's own rank and on the CPU, as `Start` takes them; after its first step."""
@@ -148,14 +150,12 @@ def _avoid_compiling() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _engine_config(stage: int, compute_precision: str, trainable: int) -> dict[str, Any]:
+def _engine_config(stage: int, trainable: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # not used: the loop says where a mini-batch ends
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # clipped per adapter by the optimizer
-        "bf16": {"enabled": compute_precision == "bf16"},
-        # Gradients of several micro-batches are summed in fp32 where DeepSpeed can do so without another optimizer class.
-        "data_types": {"grad_accum_dtype": "fp32"} if stage >= 2 else {},
+        "bf16": {"enabled": False},  # adapters are in fp32, and the base is frozen in its own format
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": False,

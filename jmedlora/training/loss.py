@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from jmedlora.models.lora import TrainedWeights
+
 
 class Row(NamedTuple):
     """A row to train on: its tokens (int32), of which the first `prompt_length` are the prompt."""
@@ -58,21 +60,22 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 class AnswerLoss(nn.Module):
     """The module that DeepSpeed is given: summed cross entropy over labelled positions, one sum per adapter.
 
-    Computed in fp32, or in fp64 for a model in fp64. Backbone and head are called as modules, so that ZeRO-3's hooks gather
+    Computed in fp32, or in fp64 for a model in fp64. Adapters, backbone and head are called as modules, so that ZeRO-3's hooks gather
     their weights, and the head sees labelled positions only. There is no attention mask: attention looks back only, so padding
     on the right reaches no labelled position.
     """
 
-    def __init__(self, model: PreTrainedModel, adapters: int):
+    def __init__(self, model: PreTrainedModel, weights: TrainedWeights):
         super().__init__()
         self.model = model
-        self._adapters = adapters
+        self.weights = weights
 
     def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor, adapters: Tensor) -> Tensor:
+        anchor = self.weights()
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         head = self.model.get_output_embeddings()
         assert head is not None
         logits = head(hidden.flatten(0, 1).index_select(0, positions))
         precise = logits if logits.dtype == torch.float64 else logits.float()
         losses = nn.functional.cross_entropy(precise, targets, reduction="none")
-        return losses.new_zeros(self._adapters).index_add(0, adapters, losses)
+        return losses.new_zeros(len(self.weights)).index_add(0, adapters, losses) + anchor

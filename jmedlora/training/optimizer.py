@@ -25,7 +25,7 @@ class GroupClippingAdamW(torch.optim.AdamW):
         self._armed = False
 
     def arm(self) -> None:
-        """Lets steps count from now on: DeepSpeed's bf16 engine takes one with zero gradients while it is built, which
+        """Lets steps count from now on: DeepSpeed's ZeRO may take one with zero gradients while it is built, which
         would leave Adam's bias correction a step ahead and weights decayed before the first step."""
         self._armed = True
 

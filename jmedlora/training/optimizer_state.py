@@ -37,26 +37,33 @@ class OptimizerState:
     In fp32, on the CPU and at an adapter's own rank; names are those of PEFT's files.
     """
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, client: torch.optim.Optimizer, pack: AdapterPack, stage: int):
-        self._engine, self._client, self._pack, self._stage = engine, client, pack, stage
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        client: torch.optim.Optimizer,
+        pack: AdapterPack,
+        parameters: Sequence[torch.nn.Parameter],
+        stage: int,
+    ):
+        """parameters: one of each adapter."""
+        self._engine, self._client, self._pack, self._parameters, self._stage = engine, client, pack, parameters, stage
 
     def gather(self, adapter: int) -> dict[str, Tensor]:
         """The state of one adapter, after its first step."""
-        masters = self._masters(adapter) if self._stage == 0 else {}
+        parameter = self._parameters[adapter]
         found: dict[str, Tensor] = {}
-        for name, parameter in self._pack.parameters_of(adapter).items():
-            for key in (WEIGHT, *MOMENTS):
-                if self._stage == 0:
-                    tensor = masters[name] if key == WEIGHT else self._client.state[masters[name]][key]
-                else:
-                    tensor = safe_get_full_fp32_param(parameter) if key == WEIGHT else safe_get_full_optimizer_state(parameter, key)
-                whole = tensor.detach().reshape(_shape(parameter))
-                precise = whole if whole.dtype == torch.float64 else whole.float()
-                found[f"{key}/{name}"] = self._pack.cut(adapter, name, precise).to("cpu", copy=True).contiguous()
+        for key in (WEIGHT, *MOMENTS):
+            if self._stage == 0:
+                tensor = parameter if key == WEIGHT else self._client.state[parameter][key]
+            else:
+                tensor = safe_get_full_fp32_param(parameter) if key == WEIGHT else safe_get_full_optimizer_state(parameter, key)
+            whole = tensor.detach().flatten()
+            parts = self._pack.parts(adapter, whole if whole.dtype == torch.float64 else whole.float())
+            found |= {f"{key}/{name}": part.to("cpu", copy=True).contiguous() for name, part in parts.items()}
         return found
 
     def scatter(self, starts: Sequence[Start]) -> None:
-        """Puts states into a new engine, whose low-precision weights are there already; a fresh adapter gets moments of zero.
+        """Puts states into a new engine, whose weights are there already; a fresh adapter gets moments of zero.
 
         Also where all are fresh: DeepSpeed's ZeRO 1 and 2 take note of moments once, after the first adapter's first step.
         """
@@ -69,39 +76,30 @@ class OptimizerState:
         for adapter, start in enumerate(starts):
             if start.state is None:
                 continue
-            masters = self._masters(adapter) if self._stage == 0 else {}
-            for name, parameter in self._pack.parameters_of(adapter).items():
-                for key in (WEIGHT, *MOMENTS):
-                    self._set(masters.get(name), parameter, self._pack.padded(name, start.state[f"{key}/{name}"]), key)
+            parameter = self._parameters[adapter]
+            for key in (WEIGHT, *MOMENTS):
+                value = parameter.new_empty(self._pack.shapes[adapter].rank * self._pack.width)
+                self._pack.fill(adapter, {name: start.state[f"{key}/{name}"] for name in self._pack.parts(adapter)}, value)
+                self._set(parameter, value, key)
 
-    def _set(self, master: Tensor | None, parameter: torch.nn.Parameter, value: Tensor, key: str) -> None:
+    def _set(self, parameter: torch.nn.Parameter, value: Tensor, key: str) -> None:
         if self._stage == 0:
-            assert master is not None
-            target = master if key == WEIGHT else self._client.state[master][key]
+            target = parameter if key == WEIGHT else self._client.state[parameter][key]
             target.data.copy_(value)
         elif self._stage == 3:
             _set_partition(parameter, value, key)
         elif key == WEIGHT:
-            safe_set_full_fp32_param(parameter, value.to(parameter.device))
+            safe_set_full_fp32_param(parameter, value)
         else:
-            safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+            safe_set_full_optimizer_state(parameter, value, key)
 
     def _flats(self, adapter: int) -> list[Tensor]:
-        """What the optimizer holds of an adapter: its parameters, or what DeepSpeed has made of them."""
+        """What the optimizer holds of an adapter: its parameter, or what DeepSpeed has made of it."""
         wrapper: Any = self._engine.optimizer
         if self._stage == 3:
             owners = wrapper.sub_group_to_group_id
             return [flat for place, flat in enumerate(wrapper.fp32_partitioned_groups_flat) if owners[place] == adapter]
         return list(self._client.param_groups[adapter]["params"])
-
-    def _masters(self, adapter: int) -> dict[str, Tensor]:
-        """Without sharding: the fp32 tensor behind each parameter, which is the parameter itself unless it is in bf16."""
-        wrapper: Any = self._engine.optimizer
-        parameters = self._pack.parameters_of(adapter)
-        if not hasattr(wrapper, "fp32_groups"):
-            return dict(parameters)
-        by_low = {id(low): high for low, high in zip(wrapper.fp16_groups[adapter], wrapper.fp32_groups[adapter], strict=True)}
-        return {name: by_low[id(parameter)] for name, parameter in parameters.items()}
 
 
 def _set_partition(parameter: torch.nn.Parameter, value: Tensor, key: str) -> None:
@@ -114,7 +112,3 @@ def _set_partition(parameter: torch.nn.Parameter, value: Tensor, key: str) -> No
         safe_set_local_fp32_param(parameter, own)
     else:
         safe_set_local_optimizer_state(parameter, own, key)
-
-
-def _shape(parameter: torch.nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)

@@ -19,7 +19,7 @@ from jmedlora.config.run import RunSettings
 from jmedlora.models.adapters import base_name, save_adapter
 from jmedlora.models.dropout import RowsOfAdapter
 from jmedlora.models.load import load_base, load_tokenizer
-from jmedlora.models.lora import AdapterPack, Shape, initial, lora_config, target_modules
+from jmedlora.models.lora import AdapterPack, Shape, TrainedWeights, initial, lora_config, target_modules
 from jmedlora.models.random_models import build_model
 from jmedlora.models.source import SourceMissing, materialise
 from jmedlora.plan.checksums import AdapterDamaged, adapter_digest, verify
@@ -51,14 +51,14 @@ def _pack(model: PreTrainedModel, *settings: RunSettings, family: Any = "llama")
     """Fresh adapters, a row for each."""
     pack = AdapterPack(model, target_modules(model, settings[0], family), [Shape.of(each) for each in settings], CPU)
     for adapter, each in enumerate(settings):
-        pack.start(adapter, each.seed)
+        pack.fill(adapter, pack.fresh(adapter, each.seed))
     pack.enter([RowsOfAdapter([0], 1) for _ in settings])
     return pack
 
 
 def _weights(pack: AdapterPack, adapter: int = 0) -> dict[str, Tensor]:
     """Copies of an adapter's weights, at its own rank."""
-    return {name: pack.cut(adapter, name, weight.detach()).clone() for name, weight in pack.parameters_of(adapter).items()}
+    return {name: weight.clone() for name, weight in pack.parts(adapter).items()}
 
 
 def _bits(model: PreTrainedModel) -> dict[str, bytes]:
@@ -253,9 +253,8 @@ def test_in_a_pack_each_starts_as_it_does_alone() -> None:
         for name, weight in _weights(pack, adapter).items():
             assert torch.equal(weight, alone[name])
             assert weight.shape[0 if "lora_A" in name else 1] == each.rank
-            whole = pack.parameters_of(adapter)[name].detach()
-            assert torch.equal(whole, pack.padded(name, weight))
-            assert whole.shape[0 if "lora_A" in name else 1] == 8 and whole.count_nonzero() == weight.count_nonzero()
+        whole = pack.batch.weights[adapter]
+        assert whole.shape[0] == 8 and not whole[each.rank :].any()
 
 
 def test_weights_are_given_at_an_adapter_s_own_rank() -> None:
@@ -265,8 +264,11 @@ def test_weights_are_given_at_an_adapter_s_own_rank() -> None:
     pack.fill(0, given)
     for name, weight in _weights(pack).items():
         assert torch.equal(weight, given[name])
-        assert pack.parameters_of(0)[name].count_nonzero() == weight.count_nonzero(), "the rest is zero"
+    assert not pack.batch.weights[0, 2:].any(), "the rest is zero"
     assert all(torch.equal(weight, others[name]) for name, weight in _weights(pack, 1).items())
+    narrower = {name: weight[:1] if "lora_A" in name else weight[:, :1] for name, weight in given.items()}
+    pack.fill(0, narrower)
+    assert not pack.batch.weights[0, 1:].any(), "less than its rank is filled up with zeros"
 
 
 def test_weights_of_another_adapter_are_refused() -> None:
@@ -304,8 +306,10 @@ def test_adapters_come_off_without_a_trace(precision: str) -> None:
 def test_only_adapters_are_trainable() -> None:
     model = _base()
     pack = _pack(model, _settings(rank=4), _settings(rank=2))
-    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    assert trainable == {id(weight) for adapter in range(2) for weight in pack.parameters_of(adapter).values()}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    parameters = list(TrainedWeights(pack).parameters())
+    assert [weight.numel() for weight in parameters] == [4 * pack.width, 2 * pack.width]
+    assert all(weight.requires_grad and weight.dtype == torch.float32 for weight in parameters)
 
 
 # ---------------------------------------------------------------- adapter files
