@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
@@ -15,10 +15,10 @@ from jmedlora.data.atomic import appearing
 from jmedlora.data.prompts import render_messages, render_prompt, target_of
 from jmedlora.data.rows import Instruction
 
+if TYPE_CHECKING:
+    import datasets  # where it is used alone: evaluation does without
+
 _BLOCK_ROWS = 1000
-_COLUMNS = datasets.Features(
-    {"input_ids": datasets.List(datasets.Value("int32")), "prompt_length": datasets.Value("int32"), "truncated": datasets.Value("bool")}
-)
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, row: Instruction, examples: Sequence[Instruction] = ()) -> str:
@@ -66,6 +66,8 @@ def tokenise_rows(
 
     Built by one process per `identity` (a digest of everything that the result depends on) below `cache`, and opened memory-mapped.
     """
+    import datasets
+
     folder = cache / "tokens" / identity
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +80,10 @@ def tokenise_rows(
 def _tokenised(
     rows: Sequence[Instruction], prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase, max_input_tokens: int, max_target_tokens: int
 ) -> datasets.Dataset:
+    import datasets
+
+    of_tokens, whole, flag = (datasets.Value(kind) for kind in ("int32", "int32", "bool"))
+    kinds = datasets.Features({"input_ids": datasets.List(of_tokens), "prompt_length": whole, "truncated": flag})
     opening, end = _opening(tokenizer, prompt.chat), _end_of_text(tokenizer)
     blocks = []
     for start in range(0, len(rows), _BLOCK_ROWS):
@@ -90,11 +96,13 @@ def _tokenised(
             columns["input_ids"].append([*asked, *answer[: max_target_tokens - 1], end])
             columns["prompt_length"].append(len(asked))
             columns["truncated"].append(len(opening) + len(question) > max_input_tokens or len(answer) + 1 > max_target_tokens)
-        blocks.append(datasets.Dataset.from_dict(columns, features=_COLUMNS))
+        blocks.append(datasets.Dataset.from_dict(columns, features=kinds))
     return datasets.concatenate_datasets(blocks)
 
 
 def _write(dataset: datasets.Dataset, folder: Path) -> None:
+    import datasets
+
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
