@@ -73,7 +73,8 @@ def evaluate(
                     bars[what] = progress.add_task(what, total=total)
                 progress.update(bars[what], completed=done)
 
-            found = list(evaluate_systems(planned, storage, config.sources_path, config.offline, adapter, show))
+            resources = config.resources.evaluation
+            found = list(evaluate_systems(planned, storage, config.sources_path, config.offline, adapter, show, resources))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None

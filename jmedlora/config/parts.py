@@ -13,6 +13,8 @@ Family = Literal["llama", "gpt_neox", "other", "api"]
 Precision = Literal["fp32", "bf16", "nf4", "api"]
 """How base weights are held; `api`: elsewhere, behind an address."""
 Schedule = Literal["constant", "linear", "cosine"]
+Engine = Literal["transformers", "vllm"]
+"""What answers for a model whose weights are here; `vllm` needs a GPU and the extra `vllm`."""
 NAME = r"^[\w-]+$"
 FILE_NAME = r"^[\w-][\w.-]*$"
 REPOSITORY = r"^[\w.-]+/[\w.-]+$"
@@ -188,6 +190,8 @@ class EvaluationResources(Part):
     cpus: Annotated[Whole, Field(ge=0)] = 1
     """Cores of one actor; 0: none of its own, it shares those of the trials."""
     gpus: Annotated[Number, Field(ge=0)] = 0
+    engine: Engine = "transformers"
+    """Part of no identity: what another engine has scored is not scored again."""
 
 
 class ResourcesConfig(Part):

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from jmedlora import __version__
-from jmedlora.config.benchmark import PromptConfig
-from jmedlora.config.parts import ModelConfig, Precision
-from jmedlora.data.benchmarks import load_benchmark
-from jmedlora.data.prompts import target_of
-from jmedlora.data.rows import LETTERS, Instruction, Question
-from jmedlora.data.tokenisation import encode_choice, prompt_text
-from jmedlora.evaluation.generation import EncodedPrompts, decode_together, encode_prompts, max_prompt_tokens
+from jmedlora.config.parts import Engine, ModelConfig, Precision
+from jmedlora.evaluation.generation import decode_together
 from jmedlora.evaluation.journal import Journal
 from jmedlora.evaluation.likelihood import weigh_choices
 from jmedlora.evaluation.resident import Resident
-from jmedlora.evaluation.results import Answers, Checkpoint, Outcome, asked_rows, write_results
+from jmedlora.evaluation.results import Answers, Checkpoint, Outcome, write_results
+from jmedlora.evaluation.tasks import Task, make_task
 from jmedlora.models.load import load_base, load_tokenizer
 from jmedlora.models.source import materialise
 from jmedlora.plan.identity import model_identity
@@ -36,53 +31,37 @@ from jmedlora.plan.specs import EvaluationSpec
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What a benchmark asks, ready for the model."""
+class CheckpointEvaluator(ABC):
+    """Scores checkpoints of adapters to one base model: all but how the base answers with them, which is the engine's part."""
 
-    questions: list[Question]
-    prompts: EncodedPrompts
-    choices: list[list[list[int]]]
-    """Token ids of each question's choices; empty where answers are generated."""
+    engine: ClassVar[Engine]
+    _spare_tokens: ClassVar[int] = 0
+    """Positions that the engine needs behind a choice that is weighed."""
+    _base: PreTrainedModel
+    """Tells names and shapes of layers and the number of positions; whether it has weights is the engine's affair."""
+    _tokenizer: PreTrainedTokenizerBase
+    device: torch.device
 
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 in hex of all that the model is given."""
-        return hashlib.sha256(json.dumps([self.prompts.token_ids, self.choices]).encode()).hexdigest()
-
-
-class Evaluator:
-    """Holds one base model at one precision and scores checkpoints of adapters to it.
-
-    Adapters come and go beside the base's weights, which are neither merged nor reloaded; several can be there at once, and the
-    last ones stay, since several evaluations of the same checkpoints usually follow each other.
-    """
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        precision: Precision,
-        compute_precision: Literal["fp32", "bf16"],
-        double_quantisation: bool,
-        sources: Path,
-        offline: bool,
-        device: str | None = None,
-    ):
-        """Loads the base; `device` is the first GPU, or the CPU where there is none, unless given."""
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        folder = materialise(model, sources, offline)
-        self._tokenizer = load_tokenizer(folder)
-        self._base = load_base(folder, precision, compute_precision, double_quantisation, self.device)
+    def __init__(self, identity: dict[str, Any], libraries: dict[str, str], sources: Path):
+        """identity: the base model and how it is held, as JSON. libraries: versions of what answers depend on."""
         self._base_facts = {
-            "model": model_identity(model, folder),
-            "folder": folder.name,  # of a model from the hub: its commit
-            "precision": [precision, compute_precision, double_quantisation],
-            "versions": {"jmedlora": __version__, **{library: version(library) for library in _LIBRARIES}},
+            "engine": self.engine,
+            **identity,
+            "versions": {"jmedlora": __version__, **libraries},
             "device": self._device_name(),
         }
         self._sources = sources
-        self._resident = Resident(self._base, self.device)
-        self._tasks: dict[str, _Task] = {}
+        self._tasks: dict[str, Task] = {}
+
+    @abstractmethod
+    def _load(self, together: Sequence[Checkpoint], task: Task, storage: Storage) -> dict[Checkpoint, str | Exception | None]:
+        """Makes checkpoints, or the bare base, ready to answer: of each its digest (of a bare base None), or what keeps it out."""
+
+    @abstractmethod
+    def _answers(
+        self, task: Task, evaluation: EvaluationSpec, journals: Sequence[Journal], on_batch: Callable[[int], None] | None
+    ) -> list[tuple[Answers, int]]:
+        """The answers of each adapter that is ready, a journal each, and the tokens that were generated or weighed."""
 
     def evaluate(
         self,
@@ -132,7 +111,7 @@ class Evaluator:
     def _evaluate(
         self,
         together: Sequence[Checkpoint],
-        task: _Task,
+        task: Task,
         evaluation: EvaluationSpec,
         storage: Storage,
         started: float,
@@ -164,6 +143,7 @@ class Evaluator:
                 "batch_size": journal.batch_size,
                 "pack": len(digests),
                 "seconds": journal.earlier_s + seconds,
+                "engine": self.engine,
                 "device": self._device_name(),
             }
             try:
@@ -173,7 +153,45 @@ class Evaluator:
                 outcomes[checkpoint] = error
         return outcomes
 
-    def _load(self, together: Sequence[Checkpoint], task: _Task, storage: Storage) -> dict[Checkpoint, str | Exception | None]:
+    def _task(self, evaluation: EvaluationSpec) -> Task:
+        """The benchmark's questions and prompts, read and encoded once per evaluation."""
+        if evaluation.evaluation_key not in self._tasks:
+            self._tasks[evaluation.evaluation_key] = make_task(evaluation, self._tokenizer, self._base, self._sources, self._spare_tokens)
+        return self._tasks[evaluation.evaluation_key]
+
+    def _device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+
+class Evaluator(CheckpointEvaluator):
+    """Holds one base model at one precision and scores checkpoints of adapters to it.
+
+    Adapters come and go beside the base's weights, which are neither merged nor reloaded; several can be there at once, and the
+    last ones stay, since several evaluations of the same checkpoints usually follow each other.
+    """
+
+    engine = "transformers"
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        precision: Precision,
+        compute_precision: Literal["fp32", "bf16"],
+        double_quantisation: bool,
+        sources: Path,
+        offline: bool,
+        device: str | None = None,
+    ):
+        """Loads the base; `device` is the first GPU, or the CPU where there is none, unless given."""
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        folder = materialise(model, sources, offline)
+        self._tokenizer = load_tokenizer(folder)
+        self._base = load_base(folder, precision, compute_precision, double_quantisation, self.device)
+        held = (precision, compute_precision, double_quantisation)
+        super().__init__(identity_of(model, folder, *held), {library: version(library) for library in _LIBRARIES}, sources)
+        self._resident = Resident(self._base, self.device)
+
+    def _load(self, together: Sequence[Checkpoint], task: Task, storage: Storage) -> dict[Checkpoint, str | Exception | None]:
         """Makes the checkpoints resident: of each its digest (of a bare base None), or what keeps it out."""
         if not together[0].step:
             self._resident.unload()
@@ -182,7 +200,7 @@ class Evaluator:
         return dict(zip(together, self._resident.load(folders, task.prompts.token_ids[0]), strict=True))
 
     def _answers(
-        self, task: _Task, evaluation: EvaluationSpec, journals: Sequence[Journal], on_batch: Callable[[int], None] | None
+        self, task: Task, evaluation: EvaluationSpec, journals: Sequence[Journal], on_batch: Callable[[int], None] | None
     ) -> list[tuple[Answers, int]]:
         """The answers of each resident adapter, and the tokens that were generated or weighed."""
         if evaluation.scoring == "loglikelihood":
@@ -200,23 +218,11 @@ class Evaluator:
         )
         return [(Answers(own.texts, []), own.new_tokens) for own in generated]
 
-    def _task(self, evaluation: EvaluationSpec) -> _Task:
-        """The benchmark's questions and prompts, read and encoded once per evaluation."""
-        if evaluation.evaluation_key not in self._tasks:
-            questions, examples = asked_rows(evaluation, load_benchmark(evaluation.benchmark, self._sources))
-            rows = [question.as_instruction() for question in questions]
-            texts = [prompt_text(self._tokenizer, evaluation.prompt, row, examples) for row in rows]
-            choices = []
-            room = evaluation.max_new_tokens
-            if evaluation.scoring == "loglikelihood":
-                choices = [[encode_choice(self._tokenizer, text) for text in _choice_targets(evaluation.prompt, row)] for row in rows]
-                room = max(len(ids) for own in choices for ids in own)
-            prompts = encode_prompts(self._tokenizer, texts, max_prompt_tokens(self._base, room), evaluation.prompt.chat)
-            self._tasks[evaluation.evaluation_key] = _Task(questions, prompts, choices)
-        return self._tasks[evaluation.evaluation_key]
 
-    def _device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+def identity_of(model: ModelConfig, folder: Path, *held: Any) -> dict[str, Any]:
+    """What is told of a base model, beside engine and libraries. held: number formats of weights and activations, double quantisation."""
+    # the folder's name: of a model from the hub its commit
+    return {"model": model_identity(model, folder), "folder": folder.name, "precision": list(held)}
 
 
 def _packs(checkpoints: Sequence[Checkpoint], size: int) -> Iterator[Sequence[Checkpoint]]:
@@ -231,8 +237,3 @@ def _packs(checkpoints: Sequence[Checkpoint], size: int) -> Iterator[Sequence[Ch
 
 def _told(on_progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
     on_progress(before + done, total)
-
-
-def _choice_targets(prompt: PromptConfig, row: Instruction) -> list[str]:
-    """What would follow the prompt for each choice, were it the right one."""
-    return [target_of(prompt, replace(row, output=choice, letters=letter)) for letter, choice in zip(LETTERS, row.choices)]

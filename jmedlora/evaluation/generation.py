@@ -93,7 +93,7 @@ def decode_together(
     each adapter. `on_batch` is called after each batch with the number of answers so far. Prompts that an adapter's `so_far` (token
     ids by position) answers are not asked again, and it takes what is answered. A batch that does not fit into memory is halved.
     """
-    stop = _StopRule(resident.model, tokenizer, marker)
+    stop = StopRule(resident.model, tokenizer, marker)
     token_ids = prompts.token_ids
     prefix = read_shared_prefix(resident, token_ids)
 
@@ -108,12 +108,12 @@ def decode_together(
     return made
 
 
-class _StopRule:
+class StopRule:
     """Says when an answer is finished, and what it says."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, marker: str | None):
         configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-        self._end = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
+        self.ends: set[int] = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
         self._tokenizer = tokenizer
         self._marker = marker
         self._breaks_line: dict[int, bool] = {}
@@ -126,7 +126,7 @@ class _StopRule:
     def __call__(self, answer: list[int]) -> bool:
         """True when the last token of `answer` finishes it."""
         last = answer[-1]
-        if last in self._end:
+        if last in self.ends:
             return True
         if last not in self._breaks_line:
             self._breaks_line[last] = len(f"{self.text([last])}|".splitlines()) > 1
@@ -134,7 +134,7 @@ class _StopRule:
 
 
 def _decode_batch(
-    resident: Resident, asked: list[Asked], token_ids: list[list[int]], prefix: Prefix, stop: _StopRule, max_new_tokens: int
+    resident: Resident, asked: list[Asked], token_ids: list[list[int]], prefix: Prefix, stop: StopRule, max_new_tokens: int
 ) -> list[list[int]]:
     """New tokens of each prompt that is asked, a finishing end-of-sequence token among them."""
     read = read_prompts(resident, asked, token_ids, prefix, max_new_tokens)

@@ -14,7 +14,7 @@ from jmedlora.models.lora import AdapterPack
 from jmedlora.plan.checksums import AdapterDamaged, adapter_digest, verify
 
 # Enough of a prompt to tell whether an adapter changes anything; what is examined costs a pass for each adapter.
-_PROBE_TOKENS = 64
+PROBE_TOKENS = 64
 
 
 class AdapterHasNoEffect(Exception):
@@ -49,7 +49,7 @@ class Resident:
         Those are put in which are what their checksums say (else AdapterDamaged), fit (AdapterDoesNotFit), and change the logits
         of the end of `prompt` (AdapterHasNoEffect).
         """
-        outcomes = [_verified(folder) for folder in folders]
+        outcomes = [verified(folder) for folder in folders]
         if outcomes and outcomes == self._digests:
             return outcomes
         self.unload()
@@ -102,11 +102,11 @@ class Resident:
     @torch.inference_mode()
     def _logits(self, prompt: list[int], adapter: int = 0) -> torch.Tensor:
         self.enter([adapter])
-        logits: torch.Tensor = self.model(input_ids=torch.tensor([prompt[-_PROBE_TOKENS:]], device=self.device), use_cache=False).logits
+        logits: torch.Tensor = self.model(input_ids=torch.tensor([prompt[-PROBE_TOKENS:]], device=self.device), use_cache=False).logits
         return logits
 
 
-def _verified(folder: Path) -> str | Exception:
+def verified(folder: Path) -> str | Exception:
     """The digest of an adapter that is what its checksums say."""
     try:
         verify(folder)

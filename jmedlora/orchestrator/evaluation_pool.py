@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from jmedlora.config.faults import first_line
-from jmedlora.config.parts import ResourcesConfig
+from jmedlora.config.parts import EvaluationResources, ResourcesConfig
 from jmedlora.evaluation.journal import journal_progress
 from jmedlora.evaluation.results import Checkpoint
 from jmedlora.orchestrator.environment import ON_HEAD, worker_environment
@@ -38,7 +38,17 @@ POLL_S = 0.5
 class EvaluationActor:
     """Holds one resident base model; takes another in its place when asked for one."""
 
-    def __init__(self, name: str, storage_root: str, sources: str, offline: bool, threads: int, tracker: ActorHandle):
+    def __init__(
+        self,
+        name: str,
+        storage_root: str,
+        sources: str,
+        offline: bool,
+        threads: int,
+        tracker: ActorHandle,
+        resources: EvaluationResources,
+        at_once: int,
+    ):
         if threads:  # an actor that only asks elsewhere needs no torch
             import torch  # here, and not at the top: the driver of a sweep needs none either
 
@@ -46,6 +56,7 @@ class EvaluationActor:
         self._name = name
         self._storage, self._sources, self._offline = Storage(Path(storage_root)), Path(sources), offline
         self._tracker = tracker
+        self._resources, self._at_once = resources, at_once
         self._resident = ""
         self._evaluator: AnyEvaluator | None = None
 
@@ -85,7 +96,7 @@ class EvaluationActor:
 
         if self._evaluator is None or self._resident != base.run_key:
             self._evaluator = None  # the old model's memory is freed before the new one is loaded
-            self._evaluator = make_evaluator(base, self._sources, self._offline)
+            self._evaluator = make_evaluator(base, self._sources, self._offline, self._resources, self._at_once)
             self._resident = base.run_key
         return self._evaluator
 
@@ -167,10 +178,14 @@ class EvaluationPool:
             for slot in self._slots:
                 self._end(slot)
 
+    @property
+    def _at_once(self) -> int:
+        """Adapters that are evaluated at once, at most."""
+        return evaluated_together(self.pack)
+
     def _assign(self) -> None:
-        at_once = evaluated_together(self.pack)
         for slot in self._slots:
-            if not slot.jobs and (jobs := self._queue.take(slot.resident, slot.run_key, slot.behind_address, at_once)):
+            if not slot.jobs and (jobs := self._queue.take(slot.resident, slot.run_key, slot.behind_address, self._at_once)):
                 self._start(slot, jobs)
         for metrics in self._queue.settled():
             self.tracker.evaluation_ended.remote("", metrics)
@@ -182,7 +197,16 @@ class EvaluationPool:
             place = {"num_cpus": 0, "resources": ON_HEAD} if slot.behind_address else {"num_cpus": self.cpus, "num_gpus": self.gpus}
             slot.actor = EvaluationActor.options(  # type: ignore[attr-defined]
                 **place, runtime_env={"env_vars": worker_environment(self.resources, max(1, threads), self.offline)}
-            ).remote(slot.name, str(self.storage.root), str(self.sources), self.offline, threads, self.tracker)
+            ).remote(
+                slot.name,
+                str(self.storage.root),
+                str(self.sources),
+                self.offline,
+                threads,
+                self.tracker,
+                self.resources.evaluation,
+                self._at_once,
+            )
         first = jobs[0]
         evaluation = first.evaluation
         more = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,6 +24,7 @@ MAX_NAME_BYTES = 255
 """Longest name of a file or folder on the usual file systems."""
 MAX_STEPS = 10**12
 """Optimizer steps of a run: above this, durations are typing mistakes."""
+VLLM_MAX_RANK = 512
 
 
 def check_storage(config: SweepConfig, faults: list[Fault]) -> None:
@@ -114,6 +116,33 @@ def check_reference(model: ModelConfig, config: SweepConfig, faults: list[Fault]
         if prompt.chat and model.source.endpoint == "completions":
             told = f"completions takes plain text, and prompt {prompt.name} is a chat"
             faults.append(Fault(where, "source.endpoint", told, "chat, or a prompt without chat"))
+
+
+def check_engine(config: SweepConfig, settings: Sequence[RunSettings], faults: list[Fault]) -> None:
+    """What vLLM cannot do, where the sweep has it evaluate; whether it is installed where that is done is not known here."""
+    if config.resources.evaluation.engine != "vllm":
+        return
+    told = []
+    if not config.resources.gpus_per_worker:
+        faults.append(
+            Fault(
+                config.file,
+                "resources.evaluation.engine",
+                "vllm needs a GPU, and gpus_per_worker is 0",
+                "transformers, or gpus_per_worker: 1",
+            )
+        )
+    if config.evaluate.precision == "fp32":
+        faults.append(Fault(config.file, "evaluate.precision", "vllm computes adapters in bf16 alone", "auto, bf16 or nf4"))
+    for name in dict.fromkeys(run.model for run in settings):
+        if config.models[name].family == "gpt_neox":
+            told.append(f"vllm takes no adapters to {name}, a model of the family gpt_neox")
+    for name in dict.fromkeys(run.method for run in settings):
+        if config.methods[name].quantisation == "nf4" and not config.methods[name].double_quantisation:
+            told.append(f"vllm has no NF4 without double quantisation, which method {name} asks for")
+    if settings and (widest := max(run.rank for run in settings)) > VLLM_MAX_RANK:
+        told.append(f"vllm takes adapters of rank {VLLM_MAX_RANK} at most, and there is one of rank {widest}")
+    faults.extend(Fault(config.file, "resources.evaluation.engine", problem, "transformers") for problem in told)
 
 
 def check_keys(plan: Plan, storage: Storage) -> None:

@@ -18,7 +18,7 @@ from jmedlora.data.files import NotHereYet
 from jmedlora.data.instructions import load_instructions
 from jmedlora.data.prompts import render_prompt
 from jmedlora.data.rows import Instruction
-from jmedlora.plan.checks import check_chat, check_prompt, check_reference, check_room, check_run, check_storage, step_counts
+from jmedlora.plan.checks import check_chat, check_engine, check_prompt, check_reference, check_room, check_run, check_storage, step_counts
 from jmedlora.plan.evaluations import plan_evaluations
 from jmedlora.plan.expand import expand_runs
 from jmedlora.plan.identity import base_key, model_identity, run_key, trajectory_key
@@ -107,6 +107,7 @@ class _Planner:
         for model in models.values():
             check_chat(model.config, model.folder, config, self.faults)
             check_room(model.config, model.architecture, config, self.faults)
+        check_engine(config, settings, self.faults)
         for run in settings:
             check_run(run, config, models[run.model].architecture, data[run.data].known_rows, self.faults)
             self._check_checkpoints(run, data[run.data])

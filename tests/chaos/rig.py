@@ -235,8 +235,8 @@ class Cluster:
     def _tracker(self, *arguments: Any) -> Actor:
         return self._actor("tracker", lambda: _TRACKER(*arguments), restarts=5)
 
-    def _evaluation_actor(self, name: str, root: str, sources: str, offline: bool, threads: int, tracker: Any) -> Actor:
-        return self._actor("evaluation actor", lambda: _EVALUATION_ACTOR(name, root, sources, offline, 0, tracker))
+    def _evaluation_actor(self, name: str, root: str, sources: str, offline: bool, threads: int, *rest: Any) -> Actor:
+        return self._actor("evaluation actor", lambda: _EVALUATION_ACTOR(name, root, sources, offline, 0, *rest))
 
     def _actor(self, kind: str, make: Callable[[], Any], restarts: int = 0) -> Actor:
         self._actors.append(Actor(self.world, kind, make, restarts))

@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 
 from jmedlora.data.benchmarks import load_benchmark
 from jmedlora.evaluation.batching import Asked, answer_in_batches
-from jmedlora.evaluation.evaluator import Evaluator, _Task
+from jmedlora.evaluation.evaluator import Evaluator
 from jmedlora.evaluation.generation import EncodedPrompts
 from jmedlora.evaluation.journal import Journal
 from jmedlora.evaluation.results import Answers, Checkpoint, asked_rows
+from jmedlora.evaluation.tasks import Task
 from jmedlora.plan.checksums import adapter_digest, verify
 from jmedlora.plan.layout import ADAPTER_WEIGHTS, Storage
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec, RunSpec
@@ -77,7 +78,7 @@ class Work:
 
     # -- evaluation
 
-    def make_evaluator(self, base: BaseSpec, sources: Path, offline: bool) -> Evaluator:
+    def make_evaluator(self, base: BaseSpec, sources: Path, offline: bool, *_: object) -> Evaluator:
         self.world.sleep(BATCH_S)
         return _Answerer(base, sources, self._answer, self.opened)
 
@@ -153,10 +154,10 @@ class _Answerer(Evaluator):
         self._answer = answer
         self._opened = opened
 
-    def _task(self, evaluation: EvaluationSpec) -> _Task:
+    def _task(self, evaluation: EvaluationSpec) -> Task:
         return _task_of(evaluation.model_dump_json(), self._sources)
 
-    def _load(self, together: Sequence[Checkpoint], task: _Task, storage: Storage) -> dict[Checkpoint, str | Exception | None]:
+    def _load(self, together: Sequence[Checkpoint], task: Task, storage: Storage) -> dict[Checkpoint, str | Exception | None]:
         if not together[0].step:
             self._numbers, self._digests = [torch.zeros(NUMBERS)], [""]
             return {together[0]: None}
@@ -176,7 +177,7 @@ class _Answerer(Evaluator):
                 self._digests.append(digest)
         return loaded
 
-    def _answers(self, task: _Task, evaluation: EvaluationSpec, journals: Sequence[Journal], on_batch: object) -> list[tuple[Answers, int]]:
+    def _answers(self, task: Task, evaluation: EvaluationSpec, journals: Sequence[Journal], on_batch: object) -> list[tuple[Answers, int]]:
         def answer(asked: list[Asked]) -> list[Any]:
             return [
                 self._answer(self._numbers[each.adapter], self._digests[each.adapter], evaluation, task.questions[each.prompt])
@@ -189,7 +190,7 @@ class _Answerer(Evaluator):
 
 
 @lru_cache(maxsize=16)
-def _task_of(evaluation: str, sources: Path) -> _Task:
+def _task_of(evaluation: str, sources: Path) -> Task:
     spec = EvaluationSpec.model_validate_json(evaluation)
     questions, _ = asked_rows(spec, load_benchmark(spec.benchmark, sources))
-    return _Task(questions, EncodedPrompts([[1]] * len(questions), 0), [])
+    return Task(questions, EncodedPrompts([[1]] * len(questions), 0), [])

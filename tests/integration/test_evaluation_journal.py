@@ -286,7 +286,14 @@ def test_only_answers_to_the_very_same_are_taken(case: Case, monkeypatch: pytest
     assert b'"HH"' not in results_of(case, spec)[0], "other prompts"
 
     facts = case.evaluator._base_facts
-    for changed in ({"device": "NVIDIA H100"}, {"precision": ["nf4", "fp32", True]}, {"versions": {}}, {"model": {}}, {"folder": "x"}):
+    for changed in (
+        {"device": "NVIDIA H100"},
+        {"precision": ["nf4", "fp32", True]},
+        {"versions": {}},
+        {"model": {}},
+        {"folder": "x"},
+        {"engine": "vllm"},
+    ):
         interrupt(case, spec, 6)
         poison(case, spec)
         with monkeypatch.context() as patch:

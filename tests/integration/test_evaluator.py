@@ -308,6 +308,7 @@ def test_what_is_written(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         "pack": 1,
         "seconds": metrics["seconds"],
         "time": 1_700_000_000.5,
+        "engine": "transformers",
         "device": "cpu",
     }
     assert all(0 <= metrics[f"{score}_low"] <= metrics[score] <= metrics[f"{score}_high"] <= 1 for score in SCORES)

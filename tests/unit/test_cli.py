@@ -101,6 +101,10 @@ def test_doctor_tells_versions_and_methods(tmp_path: Path) -> None:
     assert findings["machine"]["cores"] >= 1
     assert findings["versions"]["torch"]
     assert findings["methods"]["qlora"]["ok"] is True
+    vllm, version = findings["methods"]["evaluation by vllm (optional)"], findings["versions"]["vllm"]
+    assert vllm["ok"] is bool(version and findings["machine"]["gpus"])
+    assert ("pip install 'jmedlora[vllm]'" in vllm["missing"]) is (version is None)
+    assert ("a GPU" in vllm["missing"]) is (not findings["machine"]["gpus"])
 
 
 @pytest.mark.parametrize("command", ["report", "ui"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -304,6 +305,49 @@ def test_combinations_that_would_fail_late_are_told_early(override: str, told: s
     with pytest.raises(BadInput) as caught:
         plan_of("extra=[]", *overrides)
     assert told in "\n".join(str(fault) for fault in caught.value.faults)
+
+
+VLLM = ("resources=gpu-1", "resources.evaluation.engine=vllm", "grid.model=[tiny-llama]", "extra=[]")
+
+
+def test_vllm_is_no_part_of_what_is_asked() -> None:
+    plan, other = plan_of(*VLLM), plan_of("resources=gpu-1", "grid.model=[tiny-llama]", "extra=[]")
+    assert plan == other
+    assert "vllm" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["resources.gpus_per_worker=0"],
+            "resources.evaluation.engine: vllm needs a GPU, and gpus_per_worker is 0; allowed: transformers, or gpus_per",
+        ),
+        (
+            ["grid.model=[tiny-llama,tiny-gpt-neox]"],
+            "resources.evaluation.engine: vllm takes no adapters to tiny-gpt-neox, a model of the family gpt_neox; allowed: transformers",
+        ),
+        (
+            ["grid.method=[{preset: qlora, name: qlora, double_quantisation: false}]"],
+            "resources.evaluation.engine: vllm has no NF4 without double quantisation, which method qlora asks for; allowed: transformers",
+        ),
+        (
+            ["grid.rank=[4,513]"],
+            "resources.evaluation.engine: vllm takes adapters of rank 512 at most, and there is one of rank 513; allowed: transformers",
+        ),
+        (["evaluate.precision=fp32"], "evaluate.precision: vllm computes adapters in bf16 alone; allowed: auto, bf16 or nf4"),
+        (["resources.evaluation.engine=vlm"], "resources.evaluation.engine: 'vlm' is not allowed; allowed: 'transformers' or 'vllm'"),
+    ],
+)
+def test_what_vllm_cannot_do_is_told_early(overrides: list[str], told: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        plan_of(*VLLM, *overrides)
+    assert sum(told in str(fault) for fault in caught.value.faults) == 1, caught.value
+
+
+def test_a_base_alone_may_be_of_any_family() -> None:
+    engine = ("resources=gpu-1", "resources.evaluation.engine=vllm")
+    assert plan_of(*engine, "references=[tiny-gpt-neox]", sweep="evaluate").bases[0].compute_precision == "bf16"
 
 
 def test_faults_inside_data_are_told_together_with_those_of_the_configuration(tmp_path: Path) -> None:
