@@ -13,9 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from jmedlora.evaluation.batching import Asked, unless_out_of_memory
 from jmedlora.evaluation.resident import Resident
-
-# More at once does not make a pass faster per token, but pushes what it works on out of the processor's cache.
-_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
+from jmedlora.plan.memory import TOKENS_READ_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def read_prompts(resident: Resident, asked: Sequence[Asked], token_ids: Sequence
     cache = _cache(prefix, asked, width + room, resident)
     parts = [list(range(len(asked)))]
     if all(isinstance(layer, _GrowingInPlace) for layer in cache.layers):
-        parts = list(_parts(asked, rests, _TOKENS_AT_ONCE[torch.device(resident.device).type]))
+        parts = list(_parts(asked, rests, TOKENS_READ_AT_ONCE[torch.device(resident.device).type]))
     if len(parts) == 1:
         logits = _read_part(resident, asked, rests, prefix, cache)
     else:

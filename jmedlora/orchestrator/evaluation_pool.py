@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 from ray.actor import ActorHandle
@@ -24,7 +24,6 @@ from jmedlora.orchestrator.evaluation_lease import EvaluatedElsewhere, evaluatio
 from jmedlora.orchestrator.evaluation_queue import EvaluationQueue, JobId, is_api
 from jmedlora.orchestrator.ledger import Job
 from jmedlora.plan.layout import Storage
-from jmedlora.plan.packing import evaluated_together
 from jmedlora.plan.records import Record, read_metrics
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec
 
@@ -142,7 +141,7 @@ class EvaluationPool:
     actors: int
     cpus: float
     gpus: float
-    pack: Literal["auto"] | int = "auto"
+    at_once: int = 1
     """How many adapters are evaluated at once, at most; with 1 all is as if there were no packs."""
 
     def __post_init__(self) -> None:
@@ -178,14 +177,9 @@ class EvaluationPool:
             for slot in self._slots:
                 self._end(slot)
 
-    @property
-    def _at_once(self) -> int:
-        """Adapters that are evaluated at once, at most."""
-        return evaluated_together(self.pack)
-
     def _assign(self) -> None:
         for slot in self._slots:
-            if not slot.jobs and (jobs := self._queue.take(slot.resident, slot.run_key, slot.behind_address, self._at_once)):
+            if not slot.jobs and (jobs := self._queue.take(slot.resident, slot.run_key, slot.behind_address, self.at_once)):
                 self._start(slot, jobs)
         for metrics in self._queue.settled():
             self.tracker.evaluation_ended.remote("", metrics)
@@ -205,7 +199,7 @@ class EvaluationPool:
                 threads,
                 self.tracker,
                 self.resources.evaluation,
-                self._at_once,
+                self.at_once,
             )
         first = jobs[0]
         evaluation = first.evaluation

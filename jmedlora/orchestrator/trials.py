@@ -78,7 +78,7 @@ class SweepContext:
             actors,
             cpus,
             gpus,
-            self.plan.pack,
+            self.plan.evaluated_together,
         )
 
 

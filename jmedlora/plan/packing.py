@@ -17,8 +17,8 @@ from jmedlora.config.digest import key_of
 from jmedlora.config.parts import Architecture, ResourcesConfig
 from jmedlora.config.sweep import PackSize
 from jmedlora.plan.costs import TRIAL_START_S, concurrent_trials, step_overhead_s, step_seconds
-from jmedlora.plan.memory import ESTIMATE_ERROR, GIGABYTE, memory_of
-from jmedlora.plan.specs import RunSpec, TrialSpec
+from jmedlora.plan.memory import ESTIMATE_ERROR, GIGABYTE, evaluation_memory, memory_of
+from jmedlora.plan.specs import Plan, RunSpec, TrialSpec
 
 LARGEST_PACK = 16
 """Adapters at once where the sweep does not say; the gain of further ones is small, and what one fault stops grows."""
@@ -26,7 +26,7 @@ OVERHEAD_SHARE = 0.05
 """On a CPU, a pack grows until what a step costs beside arithmetic is less than this share of it; on a GPU, until arithmetic takes as long:
 kernels are launched while others run."""
 EVALUATED_TOGETHER = 8
-"""Adapters that are evaluated at once where the sweep does not say."""
+"""Adapters that are evaluated at once where the sweep does not say, at most."""
 LONGEST_TRIAL_S = 3600.0
 """Trials of more work are divided, so that places which become free find something to do, and scores come in early."""
 
@@ -96,9 +96,21 @@ def packed_seconds(trajectories: Sequence[Trajectory], pack: int) -> float:
     return arithmetic + overhead
 
 
-def evaluated_together(pack: PackSize) -> int:
-    """How many adapters are evaluated at once, at most."""
-    return EVALUATED_TOGETHER if pack == "auto" else pack
+def evaluated_together(plan: Plan, resources: ResourcesConfig, shapes: dict[str, Architecture], pack: PackSize) -> int:
+    """How many adapters are evaluated at once, at most: as the sweep says, or as many as fit."""
+    if pack != "auto":
+        return pack
+    on_gpu = resources.gpus_per_worker > 0
+    limit = resources.gpu_memory_gb * GIGABYTE / (1 + ESTIMATE_ERROR) if on_gpu else _machine_bytes() / 3 / resources.evaluation.actors
+    if on_gpu and 0 < resources.evaluation.gpus < 1:
+        limit *= resources.evaluation.gpus
+    found = EVALUATED_TOGETHER
+    for base in plan.bases:
+        if (shape := shapes.get(base.model.name)) is not None and (adapter := plan.largest_adapter(base, shape)):
+            asked = plan.asked_of(base)
+            while found > 1 and evaluation_memory(base, asked, shape, on_gpu, adapter, found).total > limit:
+                found -= 1
+    return found
 
 
 def trial_trajectories(trial: TrialSpec, resources: ResourcesConfig, shape: Architecture) -> list[Trajectory]:
@@ -141,7 +153,11 @@ def _memory_limit(resources: ResourcesConfig) -> float:
     if resources.gpus_per_worker:
         return resources.gpu_memory_gb * GIGABYTE / (1 + ESTIMATE_ERROR)
     workers = _lanes(resources) * resources.workers_per_trial
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / workers
+    return _machine_bytes() / 2 / workers
+
+
+def _machine_bytes() -> float:
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def _lanes(resources: ResourcesConfig) -> int:

@@ -23,7 +23,7 @@ from jmedlora.plan.evaluations import plan_evaluations
 from jmedlora.plan.expand import expand_runs
 from jmedlora.plan.identity import base_key, model_identity, run_key, trajectory_key
 from jmedlora.plan.layout import Storage
-from jmedlora.plan.packing import make_trials, notes_on_sharing
+from jmedlora.plan.packing import evaluated_together, make_trials, notes_on_sharing
 from jmedlora.plan.retention import notes_on_keeping
 from jmedlora.plan.shapes import architecture_of, model_parameters
 from jmedlora.plan.specs import BaseSpec, EvaluationSpec, KeepRule, Plan, RunSpec
@@ -127,12 +127,13 @@ class _Planner:
             trials=make_trials(runs, config.resources, self._shapes(models), config.pack, config.share_prefixes),
             default_prompt=config.evaluation_prompts[0],
             keep=self._keep(evaluations),
-            pack=config.pack,
             missing=self.missing,
             notes=[*_notes_on_repeats(len(settings), len(runs)), *notes_on_sharing(runs, config.share_prefixes)],
             note=config.note,
         )
-        return plan.model_copy(update={"notes": [*plan.notes, *notes_on_keeping(plan, Storage(config.storage_path))]})
+        together = evaluated_together(plan, config.resources, self._shapes(models), config.pack)
+        notes = [*plan.notes, *notes_on_keeping(plan, Storage(config.storage_path))]
+        return plan.model_copy(update={"notes": notes, "evaluated_together": together})
 
     # -- sources
 

@@ -18,8 +18,6 @@ from jmedlora.plan.estimates import Totals, TrialEstimate, api_cost, estimate_to
 from jmedlora.plan.fitting import hints_of, shapes_of
 from jmedlora.plan.memory import GIGABYTE, evaluation_memory
 from jmedlora.plan.naming import names_of
-from jmedlora.plan.packing import evaluated_together
-from jmedlora.plan.shapes import lora_parameters
 from jmedlora.plan.specs import BaseSpec, Plan, RunSpec
 
 MAX_ROWS = 40
@@ -43,9 +41,8 @@ def evaluation_memory_gb(plan: Plan, config: SweepConfig) -> dict[str, float]:
     for base in plan.bases:
         if (shape := shapes.get(base.model.name)) is None:
             continue
-        runs = [run for run in plan.runs if run.base_key == base.run_key]
-        adapter = max((lora_parameters(run.model.family, shape, run.settings.rank, run.settings.targets) for run in runs), default=0)
-        pack = max(1, min(evaluated_together(plan.pack), sum(len(run.checkpoint_steps) for run in runs)))
+        checkpoints = sum(len(run.checkpoint_steps) for run in plan.runs if run.base_key == base.run_key)
+        adapter, pack = plan.largest_adapter(base, shape), max(1, min(plan.evaluated_together, checkpoints))
         found[base.run_key] = evaluation_memory(base, plan.asked_of(base), shape, on_gpu, adapter, pack).total / GIGABYTE
     return found
 

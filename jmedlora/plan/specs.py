@@ -8,8 +8,9 @@ from pydantic import Field
 
 from jmedlora.config.benchmark import DEFAULT_METRICS, BenchmarkConfig, MetricSettings, PromptConfig, ScoringWay
 from jmedlora.config.data import DataConfig
-from jmedlora.config.parts import DeepSpeedConfig, MethodConfig, ModelConfig, Part, Precision
+from jmedlora.config.parts import Architecture, DeepSpeedConfig, MethodConfig, ModelConfig, Part, Precision
 from jmedlora.config.run import RunSettings
+from jmedlora.plan.shapes import lora_parameters
 
 
 class RunSpec(Part):
@@ -128,8 +129,8 @@ class Plan(Part):
     default_prompt: str
     """Prompt whose metrics are named without the prompt in MLflow."""
     keep: KeepRule = KeepRule()
-    pack: Literal["auto"] | int = "auto"
-    """Adapters that are evaluated over one base model at once, at most."""
+    evaluated_together: int = 1
+    """Adapters that are evaluated over one base model at once, at most; with 1 all is as if there were no packs."""
     missing: list[str] = []
     """Sources that are not here yet, a line each."""
     notes: list[str] = []
@@ -140,3 +141,8 @@ class Plan(Part):
     def asked_of(self, spec: RunSpec | BaseSpec) -> list[EvaluationSpec]:
         """The evaluations of one run or base; of a model behind an address, those that ask for answers alone."""
         return [item for item in self.evaluations if item.scoring == "generate" or not spec.model.is_api]
+
+    def largest_adapter(self, base: BaseSpec, shape: Architecture) -> int:
+        """Weights of the largest adapter to a base; 0 where there is none."""
+        runs = [run.settings for run in self.runs if run.base_key == base.run_key]
+        return max((lora_parameters(base.model.family, shape, run.rank, run.targets) for run in runs), default=0)

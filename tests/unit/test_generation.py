@@ -301,7 +301,7 @@ def test_prompts_read_in_parts_are_answered_alike(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = answers(model, tokenizer, PROMPTS, len(PROMPTS))
-    monkeypatch.setattr(prefix, "_TOKENS_AT_ONCE", {"cpu": 20})
+    monkeypatch.setattr(prefix, "TOKENS_READ_AT_ONCE", {"cpu": 20})
     assert answers(model, tokenizer, PROMPTS, len(PROMPTS)) == whole
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from jmedlora.config.parts import Architecture, EvaluationResources, ResourcesConfig
-from jmedlora.plan.packing import Trajectory, make_trials, notes_on_sharing, packed_seconds, trajectories_of
+from jmedlora.plan.packing import Trajectory, evaluated_together, make_trials, notes_on_sharing, packed_seconds, trajectories_of
 from jmedlora.plan.specs import RunSpec, TrialSpec
+from tests import made_up
 from tests.tiny import run_spec, write_rows
 
 GPUS = ResourcesConfig(gpus_per_worker=1, max_gpus=4, evaluation=EvaluationResources(gpus=0))
@@ -124,3 +125,14 @@ def test_notes_tell_what_is_shared_and_what_cannot_be(data_file: Path) -> None:
     (note,) = notes_on_sharing(bound, True)
     assert "(cosine, linear)" in note and "schedule: constant would share" in note
     assert notes_on_sharing(bound[:2], True) == []
+
+
+def test_as_many_adapters_are_evaluated_at_once_as_fit(data_file: Path) -> None:
+    """Of a shape of 70 B parameters with prompts of some hundred tokens; and as the sweep says, whatever that takes."""
+    base = made_up.base_spec()
+    plan = made_up.plan_of([base], [made_up.run_spec("run", rank=64)])
+    shapes = {base.model.name: LARGE["tiny-llama"]}
+    found = [evaluated_together(plan, GPUS.model_copy(update={"gpu_memory_gb": size}), shapes, "auto") for size in (1, 320, 640, 2000)]
+    assert found[0] == 1 and found == sorted(found) and found[-1] == 8
+    assert evaluated_together(plan, GPUS.model_copy(update={"gpu_memory_gb": 1}), shapes, 3) == 3
+    assert evaluated_together(plan, GPUS, {}, "auto") == 8, "nothing is known of the model"
