@@ -1,153 +1,188 @@
 """How much faster than what others would write: `python -m tests.bench.ratios [--only NAMES] [--full]`, or `make bench`.
 
-Both arms of a ratio run in turns (ABAB) in one run, with the same threads; ratios are medians, with their spread and how far the scores
-of both arms are apart beside them. Printed as one table and written to results/bench/bench.json: a list of `name, baseline, ratio,
-spread, exactness, machine`. Baselines: B0 a fresh Ray Train worker group per run, as users of Ray write sweeps today; B1 one warm process,
-run after run, HF Trainer and PEFT.
+Both arms of a ratio run in turns (ABAB) in one run, with the same threads, each ratio in a process of its own. Ratios are medians, with
+their spread and how exact ours is beside them. They are written to results/bench/bench.json as they come, each in place of an earlier
+one: a list of `name, baseline, ratio, spread, exactness, machine`, and more. `--table` prints it as docs/performance.md has it.
+
+Baselines: B0 a fresh Ray Train worker group per run, as users of Ray write sweeps today; B1 one warm process, run after run, HF Trainer and
+PEFT (of a step: PEFT and torch's AdamW); B2 a Python loop over the adapters of each layer; the others as their rows say.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
+import multiprocessing
 import os
-import platform
-import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.workload import EPOCHS, RANKS, Workload, build, shared_baseline, write_sweep
-
-ROOT = Path(__file__).parents[2]
-Arm = Callable[[], tuple[float, dict[str, Any]]]
-"""Does the work once; seconds, and what came out."""
+from tests.bench.measuring import BenchFile, Row
+from tests.bench.workload import Workload, build, shared_baseline
 
 
 @dataclass(frozen=True)
-class Row:
-    """One ratio: how many times as long the baseline takes."""
+class Places:
+    """Where workloads are built, and how large."""
 
-    name: str
-    baseline: str
-    ratio: float
-    spread: str
-    exactness: str
-    machine: str
-    ours_s: list[float]
-    baseline_s: list[float]
+    folder: Path
+    is_full: bool = False
 
+    def tiny(self, questions: int = 20) -> Workload:
+        return self._built("tiny", 64, questions)
 
-def machine() -> str:
-    """What was measured on."""
-    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, one thread a process"
+    def small(self) -> Workload:
+        return self._built("small", 240 if self.is_full else 80, 40)
 
-
-def in_turns(ours: Arm, baseline: Arm, pairs: int) -> tuple[list[tuple[float, dict[str, Any]]], list[tuple[float, dict[str, Any]]]]:
-    """Both arms so many times; with one pair, ours before and after."""
-    taken: tuple[list[Any], list[Any]] = ([], [])
-    for _ in range(pairs):
-        taken[0].append(ours())
-        taken[1].append(baseline())
-    if pairs == 1:
-        taken[0].append(ours())
-    return taken
+    def _built(self, size: str, train: int, questions: int) -> Workload:
+        folder = self.folder / f"{size}-{train}-{questions}"
+        is_there = (folder / "rows.json").is_file()
+        return Workload(folder, shared_baseline() is not None) if is_there else build(folder, size, train, questions)
 
 
-def compared(name: str, baseline_name: str, ours: Arm, baseline: Arm, pairs: int, same: Callable[[Any, Any], str]) -> Row:
-    """The row of two arms."""
-    mine, others = in_turns(ours, baseline, pairs)
-    own, their = [seconds for seconds, _ in mine], [seconds for seconds, _ in others]
-    ratio = statistics.median(their) / statistics.median(own)
-    spread = f"{min(their) / max(own):.2f} to {max(their) / min(own):.2f}"
-    found = same(mine[-1][1], others[-1][1])
-    return Row(name, baseline_name, ratio, spread, found, machine(), [round(each, 2) for each in own], [round(each, 2) for each in their])
+Measure = Callable[[Places, int], list[Row]]
 
 
-# ---------------------------------------------------------------- whole sweeps
+# Each imports what it measures when it runs, in a process of its own.
 
 
-def our_command(workload: Workload, **keys: Any) -> Arm:
-    """`jmedlora sweep` from the command to its report, with nothing warm: a storage and a cache of its own."""
+def _makespan_tiny(places: Places, pairs: int) -> list[Row]:
+    from tests.bench.sweeps import makespan
 
-    def run() -> tuple[float, dict[str, Any]]:
-        folder = Path(tempfile.mkdtemp(dir=workload.folder))
-        file = write_sweep(workload, folder, **keys)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JMEDLORA_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-        environment.pop("RAY_ADDRESS", None)
-        started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "jmedlora.cli", "sweep", str(file), f"storage={folder / 'results'}"],
-            env=environment, cwd=folder, capture_output=True, text=True,
-        )  # fmt: skip
-        seconds = time.perf_counter() - started
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        scores = _scores_of(folder / "results/sweeps/bench/report/table.csv")
-        shutil.rmtree(folder)
-        return seconds, {"gestalt": scores}
-
-    return run
+    return makespan("makespan-tiny", places.tiny(), pairs)
 
 
-def _scores_of(table: Path) -> dict[str, float]:
-    with table.open(encoding="utf-8") as lines:
-        rows = [row for row in csv.DictReader(lines) if row["method"] != "base"]
-    return {f"{row['lora_rank']} {float(row['epochs']):g}": float(row["gestalt_score"]) for row in rows}
+def _makespan_tiny_warm(places: Places, pairs: int) -> list[Row]:
+    from tests.bench.sweeps import makespan_warm
+
+    return makespan_warm("makespan-tiny-warm", places.tiny(), pairs)
 
 
-def ray_tune(workload: Workload) -> Arm:
-    """B0, by the shared script."""
-    script = shared_baseline()
-    assert script is not None
+def _makespan_small(places: Places, pairs: int) -> list[Row]:
+    from tests.bench.sweeps import makespan
 
-    def run() -> tuple[float, dict[str, Any]]:
-        ranks, epochs = (",".join(map(str, values)) for values in (RANKS, EPOCHS))
-        started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, str(script), "run", "--work", str(workload.folder), "--ranks", ranks, "--epochs", epochs],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        seconds = time.perf_counter() - started
-        told = json.loads(done.stdout.splitlines()[-1])
-        assert not told["errors"], done.stderr[-3000:]
-        return seconds, {"gestalt": {f"{run['rank']} {run['epochs']}": run["gestalt"] for run in told["runs"]}}
-
-    return run
+    return makespan("makespan-small", places.small(), pairs)
 
 
-def warm(arm: str, workload: Workload) -> Arm:
-    """An arm of `tests.bench.warm`, in a process that stays."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.bench.warm", arm, str(workload.folder)],
-        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+def _warm_tiny(places: Places, pairs: int) -> list[Row]:
+    from tests.bench.cores import compared
 
-    def run() -> tuple[float, dict[str, Any]]:
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-        told = json.loads(process.stdout.readline())
-        return told["seconds"], told
-
-    return run
+    return compared("warm-tiny", places.tiny(), pairs)
 
 
-def same_scores(ours: dict[str, Any], others: dict[str, Any]) -> str:
-    """How far the mean Gestalt scores of both arms are apart: their data orders and initial adapters differ, so they only resemble."""
-    assert ours["gestalt"].keys() == others["gestalt"].keys()
-    apart = max(abs(ours["gestalt"][key] - others["gestalt"][key]) for key in ours["gestalt"])
-    return f"{len(ours['gestalt'])} runs; Gestalt scores at most {apart:.3f} apart (other data orders and initial adapters)"
+def _warm_small(places: Places, pairs: int) -> list[Row]:
+    from tests.bench.cores import compared
+
+    return compared("warm-small", places.small(), pairs)
+
+
+def _step_short(places: Places, pairs: int) -> list[Row]:
+    from tests.bench.steps import step_short
+
+    return step_short(pairs)
+
+
+def _step_long(places: Places, pairs: int) -> list[Row]:
+    from tests.bench.steps import step_long
+
+    return step_long(pairs)
+
+
+def _single(places: Places, pairs: int) -> list[Row]:
+    from tests.bench.steps import single
+
+    return single(pairs)
+
+
+def _eval_generate(places: Places, pairs: int) -> list[Row]:
+    from tests.bench.answers import eval_generate
+
+    return eval_generate(places.tiny(questions=100), pairs)
+
+
+def _next_run(places: Places, pairs: int) -> list[Row]:
+    from tests.bench.trials import next_run
+
+    return next_run(places.tiny(), pairs)
+
+
+def _checkpoint_bytes(places: Places, pairs: int) -> list[Row]:
+    from tests.bench.trials import checkpoint_bytes
+
+    return checkpoint_bytes(places.tiny())
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A name of the bench."""
+
+    measure: Measure
+    pairs: int
+    """Turns of both arms: five where an arm takes less than a minute, two where less than five, else one, with ours before and after."""
+    targets: dict[str, float]
+    """By baseline: at least, but of bytes at most."""
+    is_against_b0: bool = False
+    """Measured only where the shared baseline's script is."""
+
+
+RATIOS = {
+    "step-short": Ratio(_step_short, 5, {"B1": 1.8, "B2": 1.2}),
+    "step-long": Ratio(_step_long, 5, {"B1": 1.0}),
+    "single": Ratio(_single, 5, {"peft": 0.97}),
+    "eval-generate": Ratio(_eval_generate, 5, {"reload": 5.0, "lm-eval": 5.0}),
+    "checkpoint-bytes": Ratio(_checkpoint_bytes, 1, {"adapter": 1.05}),
+    "next-run": Ratio(_next_run, 5, {"new-group": 20.0}),
+    "warm-tiny": Ratio(_warm_tiny, 2, {"B1": 3.0}),
+    "makespan-tiny": Ratio(_makespan_tiny, 2, {"B0": 6.0}, is_against_b0=True),
+    "makespan-tiny-warm": Ratio(_makespan_tiny_warm, 2, {"B0": 10.0}, is_against_b0=True),
+    "warm-small": Ratio(_warm_small, 1, {"B1": 3.0}),
+    "makespan-small": Ratio(_makespan_small, 1, {"B0": 6.0}, is_against_b0=True),
+}
+"""In the order in which they are measured: the quick ones first."""
+
+
+def in_its_own_process(measure: Measure, places: Places, pairs: int) -> list[Row]:
+    """What a measurement gives: libraries, threads and environment variables of one do not reach the next."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
+        return pool.submit(measure, places, pairs).result()
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of bench.json in Markdown, with their targets, in the order of the bench."""
+    order = list(RATIOS)
+    lines = ["| name | baseline | target | measured | spread | ours | baseline's | exactness |", "|---|---|---|---|---|---|---|---|"]
+    for row in sorted((row for row in rows if row["name"] in RATIOS), key=lambda row: order.index(row["name"])):
+        target = RATIOS[row["name"]].targets[row["baseline"]]
+        told, ratio = (f"at most {target:g}", f"{row['ratio']:.3f}") if row["unit"] == "bytes" else (f"{target:g}", f"{row['ratio']:.2f}")
+        amounts = (f"{', '.join(f'{each:.3g}' for each in row[arm])} {row['unit']}" for arm in ("ours", "theirs"))
+        lines.append(f"| {' | '.join([row['name'], row['baseline'], told, ratio, row['spread'], *amounts, row['exactness']])} |")
+    notes = dict.fromkeys(f"- {row['name']}: {note}" for name in order for row in rows if row["name"] == name for note in row["notes"])
+    return "\n".join([*lines, "", *notes])
+
+
+def _show(rows: Sequence[Row]) -> None:
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("name", "baseline", "ratio", "target", "spread", "exactness"):
+        shown.add_column(column)
+    for row in rows:
+        shown.add_row(row.name, row.baseline, f"{row.ratio:.3g}", f"{RATIOS[row.name].targets[row.baseline]:g}", row.spread, row.exactness)
+    console = Console(width=180)
+    console.print(shown)
+    for note in dict.fromkeys(note for row in rows for note in row.notes):
+        console.print(f"  {note}", highlight=False)
 
 
 def main() -> None:
@@ -156,53 +191,29 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the small model on 240 rows")
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     parser.add_argument("--pairs", type=int, help="so many of every ratio")
+    parser.add_argument("--table", action="store_true", help="measure nothing; print what was measured, in Markdown")
     asked = parser.parse_args()
+    file = BenchFile(asked.out)
+    if asked.table:
+        print(table(file.rows()))
+        return
+    wanted = asked.only.split(",") if asked.only else list(RATIOS)
+    if unknown := sorted(set(wanted) - RATIOS.keys()):
+        parser.error(f"--only: {', '.join(unknown)}; there are: {', '.join(RATIOS)}")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as place:
-        rows = []
-        for name, make in _ratios(Path(place), asked.full, asked.pairs).items():
-            if not asked.only or name in asked.only.split(","):
-                print(f"measuring {name}", flush=True)
-                rows.append(make())
-                _write(rows, asked.out)
-
-
-def _ratios(place: Path, full: bool, pairs: int | None) -> dict[str, Callable[[], Row]]:
-    built: dict[tuple[str, int, int], Workload] = {}
-
-    def workload(size: str, train: int, questions: int) -> Workload:
-        asked = (size, train, questions)
-        if asked not in built:
-            built[asked] = build(place / f"{size}-{train}", *asked)
-        return built[asked]
-
-    def tiny() -> Workload:
-        return workload("tiny", 64, 20)
-
-    def small() -> Workload:
-        return workload("small", 240 if full else 80, 40)
-
-    found = {
-        "warm-tiny": lambda: compared("warm-tiny", "B1", warm("ours", tiny()), warm("plain", tiny()), pairs or 2, same_scores),
-        "warm-small": lambda: compared("warm-small", "B1", warm("ours", small()), warm("plain", small()), pairs or 1, same_scores),
-    }
-    if shared_baseline() is not None:
-        found |= {
-            "makespan-tiny": lambda: compared("makespan-tiny", "B0", our_command(tiny()), ray_tune(tiny()), pairs or 2, same_scores),
-            "makespan-small": lambda: compared("makespan-small", "B0", our_command(small()), ray_tune(small()), pairs or 1, same_scores),
-        }
-    return found
-
-
-def _write(rows: list[Row], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "bench.json").write_text(json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1), encoding="utf-8")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("name", "baseline", "ratio", "spread", "ours, s", "baseline, s", "exactness"):
-        table.add_column(column)
-    for row in rows:
-        seconds = (", ".join(map(str, each)) for each in (row.ours_s, row.baseline_s))
-        table.add_row(row.name, row.baseline, f"{row.ratio:.2f}", row.spread, *seconds, row.exactness)
-    Console(width=180).print(table)
+        for name, ratio in RATIOS.items():
+            if name not in wanted:
+                continue
+            if ratio.is_against_b0 and shared_baseline() is None:
+                print(f"{name}: not measured, since the baseline's script is not here (JMEDLORA_SHARED_DATA)", flush=True)
+                continue
+            started = time.monotonic()
+            print(f"measuring {name}", flush=True)
+            rows = in_its_own_process(ratio.measure, Places(Path(place), asked.full), asked.pairs or ratio.pairs)
+            file.put(rows)
+            _show(rows)
+            print(f"{name} took {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

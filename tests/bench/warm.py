@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from jmedlora.evaluation.metrics import first_line
 from tests.bench.workload import EPOCHS, LEARNING_RATE, NEW_TOKENS, RANKS, ROUND, Workload, write_sweep
 
 Work = Callable[[], dict[str, Any]]
@@ -48,7 +49,7 @@ def ours(workload: Workload) -> Work:
             train_trial(trial, storage, Path(config.sources), True, Silent())
         trained = time.perf_counter()
         checkpoints = [Checkpoint(run.run_key, run.total_steps) for run in plan.runs]
-        scores = {}
+        scores: dict[str, float] = {}
         for evaluation in plan.evaluations:
             for run, metrics in zip(plan.runs, evaluator.evaluate_together(checkpoints, evaluation, storage, 12), strict=True):
                 assert not isinstance(metrics, Exception), metrics
@@ -61,11 +62,11 @@ def ours(workload: Workload) -> Work:
 def plain(workload: Workload) -> Work:
     """The same runs by HF Trainer and `generate`, one after another."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(workload.model)
     base = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32)
-    rows = [_encoded(tokenizer, row) for row in workload.rows("train")]
+    rows = [encoded(tokenizer, row) for row in workload.rows("train")]
     questions = workload.rows("questions")
 
     def work() -> dict[str, Any]:
@@ -75,14 +76,7 @@ def plain(workload: Workload) -> Work:
                 torch.manual_seed(0)
                 settings = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
                 model = get_peft_model(base, settings)
-                with tempfile.TemporaryDirectory(dir=workload.folder) as place:
-                    arguments = TrainingArguments(
-                        output_dir=place, per_device_train_batch_size=ROUND, num_train_epochs=epochs, learning_rate=LEARNING_RATE,
-                        lr_scheduler_type="constant", train_sampling_strategy="group_by_length", save_strategy="epoch",
-                        save_only_model=True, logging_steps=10, report_to=[], use_cpu=True, dataloader_pin_memory=False, disable_tqdm=True,
-                    )  # fmt: skip
-                    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-                    Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator).train()
+                train(model, tokenizer, rows, epochs, "group_by_length", workload.folder)
                 trained = time.perf_counter()
                 scores[f"{rank} {epochs}"] = _score(model.eval(), tokenizer, questions)
                 model.unload()
@@ -91,7 +85,21 @@ def plain(workload: Workload) -> Work:
     return work
 
 
-def _encoded(tokenizer: Any, row: dict[str, Any]) -> dict[str, list[int]]:
+def train(model: Any, tokenizer: Any, rows: list[dict[str, Any]], epochs: int, order: str, folder: Path) -> None:
+    """HF Trainer on `model`. order: what Trainer calls a sampling strategy."""
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        arguments = TrainingArguments(
+            output_dir=place, per_device_train_batch_size=ROUND, num_train_epochs=epochs, learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant", train_sampling_strategy=order, save_strategy="epoch",
+            save_only_model=True, logging_steps=10, report_to=[], use_cpu=True, dataloader_pin_memory=False, disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True)).train()
+
+
+def encoded(tokenizer: Any, row: dict[str, Any]) -> dict[str, list[int]]:
+    """A row as Trainer takes it; only the answer has labels."""
     asked = tokenizer(row["prompt"]).input_ids
     answer = [*tokenizer(row["answer"]).input_ids, tokenizer.eos_token_id]
     whole = [*asked, *answer]
@@ -99,19 +107,27 @@ def _encoded(tokenizer: Any, row: dict[str, Any]) -> dict[str, list[int]]:
 
 
 @torch.inference_mode()
-def _score(model: Any, tokenizer: Any, questions: list[dict[str, Any]]) -> float:
+def answers(model: Any, tokenizer: Any, questions: list[dict[str, Any]]) -> list[str]:
+    """First lines of greedy answers, in the questions' order; those of similar length are asked together."""
     tokenizer.padding_side = "left"
-    by_length = sorted(questions, key=lambda row: len(row["prompt"]))
-    total = 0.0
-    for start in range(0, len(by_length), ROUND):
-        batch = by_length[start : start + ROUND]
-        asked = tokenizer([row["prompt"] for row in batch], return_tensors="pt", padding=True, return_token_type_ids=False)
-        answers = model.generate(**asked, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        for row, ids in zip(batch, answers[:, asked.input_ids.shape[1] :], strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True).split("\n")[0]
-            total += difflib.SequenceMatcher(None, text, row["answer"], autojunk=False).ratio()
+    order = sorted(range(len(questions)), key=lambda place: len(questions[place]["prompt"]))
+    texts = [""] * len(questions)
+    for start in range(0, len(order), ROUND):
+        batch = order[start : start + ROUND]
+        asked = tokenizer([questions[place]["prompt"] for place in batch], return_tensors="pt", padding=True, return_token_type_ids=False)
+        made = model.generate(**asked, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        for place, ids in zip(batch, made[:, asked.input_ids.shape[1] :], strict=True):
+            texts[place] = first_line(tokenizer.decode(ids, skip_special_tokens=True))
     tokenizer.padding_side = "right"
-    return total / len(questions)
+    return texts
+
+
+def _score(model: Any, tokenizer: Any, questions: list[dict[str, Any]]) -> float:
+    texts = answers(model, tokenizer, questions)
+    ratios = [
+        difflib.SequenceMatcher(None, text, row["answer"], autojunk=False).ratio() for text, row in zip(texts, questions, strict=True)
+    ]
+    return sum(ratios) / len(questions)
 
 
 ARMS: dict[str, Callable[[Workload], Work]] = {"ours": ours, "plain": plain}

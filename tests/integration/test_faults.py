@@ -66,7 +66,7 @@ def test_processes_killed_one_after_another_while_the_driver_lives(begin: Begin,
     sweep.hit_when_possible("evaluation actor")
     hit = sweep.hit_when_possible("training worker", signal.SIGTERM)
     assert sweep.plan is not None
-    first, second = sweep.plan.runs
+    first, second = sweep.plan.trials[0].runs  # in the order in which they are trained
     step = sweep.wait_for(lambda: states_between(sweep, first), "the state that is written after notice", within_s=GRACE_S)[0]
     assert f"{first.run_key} step " in hit.work and step <= int(hit.work.split()[-1]) + 2
     sweep.wait_for(lambda: told(sweep, first)["resumed"], "training again")
@@ -93,7 +93,7 @@ def test_a_killed_driver_takes_all_with_it_and_damaged_states_are_passed_over(be
     worker.kill()
     assert sweep.leftovers() == []
     assert sweep.plan is not None
-    run = sweep.plan.runs[0]
+    run = sweep.plan.trials[0].runs[0]
     folder = sweep.storage.run(run.run_key)
     assert sorted(folder.states()) == [100, 200]
     damaged = folder.state(200) / STATE_TENSORS
@@ -152,7 +152,7 @@ def test_a_worker_that_is_killed_again_and_again_is_told_and_the_others_go_on(be
     sweep = begin("resources={preset: local, max_failures: 1}")
     sweep.wait_for(lambda: sweep.plan, "the plan")
     assert sweep.plan is not None
-    first, second = sweep.plan.runs
+    first, second = sweep.plan.trials[0].runs  # in the order in which they are trained
     killed: set[float] = set()  # starts of the run, by their times: each is killed once
 
     def begun() -> float | None:
