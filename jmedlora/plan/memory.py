@@ -19,8 +19,10 @@ SLACK = 0.03
 """What the allocator holds beside what is used, as a share; it holds more while there is room and gives it up when there is none."""
 ESTIMATE_ERROR = 0.1
 """How far estimates were from measured peaks at most, rounded up."""
-TOKENS_READ_AT_ONCE = {"cpu": 2048, "cuda": 16384}
-"""Of prompts, about: more does not make a pass faster per token, but pushes what it works on out of the processor's cache."""
+CACHED_TOKENS = 2048
+"""On a CPU, what goes through a model at once, about: more makes no pass faster per token, but pushes what it works on out of the cache."""
+TOKENS_READ_AT_ONCE = {"cpu": CACHED_TOKENS, "cuda": 16384}
+"""Of prompts."""
 CHOICE_TOKENS = 60
 """Assumed length of a question's choices together."""
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from jmedlora.config.digest import key_of
 from jmedlora.config.parts import Architecture, ResourcesConfig
 from jmedlora.config.sweep import PackSize
-from jmedlora.plan.costs import TRIAL_START_S, concurrent_trials, step_overhead_s, step_seconds
-from jmedlora.plan.memory import ESTIMATE_ERROR, GIGABYTE, evaluation_memory, memory_of
+from jmedlora.plan.costs import TRIAL_START_S, concurrent_trials, step_overhead_s, step_seconds, step_tokens
+from jmedlora.plan.memory import CACHED_TOKENS, ESTIMATE_ERROR, GIGABYTE, evaluation_memory, memory_of
 from jmedlora.plan.specs import Plan, RunSpec, TrialSpec
 
 LARGEST_PACK = 16
@@ -25,6 +25,8 @@ LARGEST_PACK = 16
 OVERHEAD_SHARE = 0.05
 """On a CPU, a pack grows until what a step costs beside arithmetic is less than this share of it; on a GPU, until arithmetic takes as long:
 kernels are launched while others run."""
+PACKED_TOKENS = 2 * CACHED_TOKENS
+"""On a CPU, what steps of a pack have together at most: more fill its micro-batches anyway, and those of others as well."""
 EVALUATED_TOGETHER = 8
 """Adapters that are evaluated at once where the sweep does not say, at most."""
 LONGEST_TRIAL_S = 3600.0
@@ -138,6 +140,9 @@ def _pack_size(trajectories: list[Trajectory], resources: ResourcesConfig, shape
     arithmetic = min(step_seconds(each.lead, resources, shape) for each in trajectories) / resources.workers_per_trial
     share = 0.5 if resources.gpus_per_worker else OVERHEAD_SHARE
     pays = math.ceil(step_overhead_s(lead, resources, shape) * (1 - share) / (share * arithmetic))
+    if not resources.gpus_per_worker:
+        tokens = min(step_tokens(each.lead) for each in trajectories) / resources.workers_per_trial
+        pays = min(pays, math.ceil(PACKED_TOKENS / tokens))
     most = max(1, min(pays, LARGEST_PACK, len(trajectories)))
     limit = _memory_limit(resources)
     fitting = [

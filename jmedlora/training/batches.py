@@ -5,6 +5,7 @@ A mini-batch is what one optimizer step sees over all workers; a micro-batch is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -73,20 +74,22 @@ def divide(
     workers: int,
     micro_batch_size: int | None,
     worth_tokens: float,
+    most_tokens: float = math.inf,
 ) -> list[list[MicroBatch]]:
     """The micro-batches of the adapters' mini-batches, per worker: the same number for each.
 
     rows: of each adapter, its mini-batch. lengths: of each adapter, tokens of every row of its data set. A worker takes at most
-    `micro_batch_size` rows of each adapter at once; a further micro-batch has to save `worth_tokens` of padding. Rows of similar
-    length come together, and long ones first, so that little is padded, the workers wait little for each other, and memory is
-    short at the start or never.
+    `micro_batch_size` rows of each adapter at once; a further micro-batch has to save `worth_tokens` of padding, or be needed
+    for none to have more than `most_tokens`, padding included (but for a single row of each adapter). Rows of similar length
+    come together, and long ones first, so that little is padded, the workers wait little for each other, and memory is short at
+    the start or never.
     """
     by_length = [sorted(own, key=lambda row, known=known: (-int(known[row]), row)) for own, known in zip(rows, lengths, strict=True)]  # type: ignore[misc]
     count = max(map(len, by_length))
     # the longest row of every adapter, the second longest of every adapter, and so on: adapters have equal numbers of rows in a micro-batch
     ranks = [max(int(known[own[at]]) for own, known in zip(by_length, lengths, strict=True) if at < len(own)) for at in range(count)]
     micro_batches: list[list[MicroBatch]] = [[] for _ in range(workers)]
-    for start, end in _rounds(np.asarray(ranks), len(rows), workers * (micro_batch_size or count), worth_tokens):
+    for start, end in _rounds(np.asarray(ranks), len(rows), workers, micro_batch_size or count, worth_tokens, most_tokens):
         for worker in range(workers):
             first, last = (start + (end - start) * place // workers for place in (worker, worker + 1))
             taken = [own[first:last] for own in by_length]
@@ -95,9 +98,12 @@ def divide(
     return micro_batches
 
 
-def _rounds(lengths: np.ndarray, adapters: int, most: int, worth: float) -> list[tuple[int, int]]:
-    """Stretches of `lengths` (descending), each of at most `most`, cut where that saves padding worth a micro-batch."""
-    pieces = -(-len(lengths) // most)
+def _rounds(lengths: np.ndarray, adapters: int, workers: int, most: int, worth: float, most_tokens: float) -> list[tuple[int, int]]:
+    """Stretches of `lengths` (descending), each of at most `most` a worker, cut where that saves padding worth a micro-batch.
+
+    What still has too many tokens for a worker is cut into equal parts.
+    """
+    pieces = -(-len(lengths) // (workers * most))
     bounds = [len(lengths) * piece // pieces for piece in range(pieces + 1)]
     rounds = []
     waiting = [(start, end) for start, end in pairwise(bounds)][::-1]
@@ -105,7 +111,11 @@ def _rounds(lengths: np.ndarray, adapters: int, most: int, worth: float) -> list
         start, end = waiting.pop()
         saved = (lengths[start] - lengths[start:end]) * np.arange(end - start, 0, -1) * adapters
         cut = int(saved.argmax())
-        if saved[cut] >= worth:
+        if saved[cut] < worth:
+            shares = -(-(end - start) // workers)
+            too_many = shares * int(lengths[start]) * adapters / most_tokens
+            cut = workers * -(-shares // math.ceil(too_many)) if too_many > 1 and shares > 1 else 0
+        if cut:
             waiting += [(start + cut, end), (start, start + cut)]
         else:
             rounds.append((start, end))

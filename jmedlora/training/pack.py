@@ -16,6 +16,7 @@ from jmedlora.config import clock
 from jmedlora.models.dropout import RowsOfAdapter
 from jmedlora.models.lora import AdapterPack, Shape
 from jmedlora.plan.costs import tokens_worth_a_micro_batch
+from jmedlora.plan.memory import CACHED_TOKENS
 from jmedlora.training.batches import divide
 from jmedlora.training.engine import PackEngine
 from jmedlora.training.loss import collate
@@ -49,6 +50,7 @@ class TrainingPack:
         weights = sum(module.in_features * module.out_features for module in linear)
         layers: int = base.model.config.num_hidden_layers
         self._worth_tokens = tokens_worth_a_micro_batch(layers, weights, worker.device.type == "cuda", torch.get_num_threads())
+        self._most_tokens = CACHED_TOKENS if worker.device.type == "cpu" else math.inf
 
     def adapter_tensors(self, place: int) -> dict[str, Tensor]:
         """The weights of one adapter, as a checkpoint holds them."""
@@ -103,7 +105,7 @@ class TrainingPack:
         worker, count = self._worker, len(steps)
         lengths = [each.rows.lengths for each in self._trajectories]
         micro_batch_size = self._trajectories[0].lead.settings.micro_batch_size
-        mine = divide(taken, lengths, worker.workers, micro_batch_size, self._worth_tokens)[worker.rank]
+        mine = divide(taken, lengths, worker.workers, micro_batch_size, self._worth_tokens, self._most_tokens)[worker.rank]
         total = torch.zeros(count, device=worker.device)
         for place, micro_batch in enumerate(mine, start=1):
             self._pack.enter([RowsOfAdapter(rows, step) for rows, step in zip(micro_batch.rows, steps, strict=True)])

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -127,6 +129,22 @@ def test_cuts_pay_and_none_that_would_pay_is_left(lengths: list[int], adapters: 
         assert max((own[0] - own[cut]) * (len(own) - cut) * adapters for cut in range(len(own))) < WORTH
     taken = adapters * sum(own[0] * len(own) for own in kept)
     assert taken + WORTH * (len(kept) - 1) <= adapters * max(lengths) * len(lengths)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=40),
+    adapters=st.integers(1, 4),
+    workers=st.integers(1, 3),
+    most=st.integers(1, 3000),
+)
+def test_no_micro_batch_has_too_many_tokens(lengths: list[int], adapters: int, workers: int, most: int) -> None:
+    """But for a row of each adapter; every row comes once; and with room for all, nothing is cut."""
+    shares = divide([range(len(lengths))] * adapters, [lengths] * adapters, workers, None, math.inf, most)
+    assert sorted(row for share in shares for part in share if not part.is_filler for row in part.rows[0]) == list(range(len(lengths)))
+    for part in (part for share in shares for part in share if not part.is_filler):
+        rows = len(part.rows[0])
+        assert rows <= 1 or rows * adapters * max(lengths[row] for row in part.rows[0]) <= most
+    assert len(shares[0]) == 1 or -(-len(lengths) // workers) * adapters * max(lengths) > most
 
 
 @pytest.mark.parametrize("adapters", [1, 2])
