@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,10 @@ from jmedlora.config.run import RunSettings
 from jmedlora.models.dropout import RowsOfAdapter
 from jmedlora.models.lora import AdapterPack, Shape, target_modules
 from jmedlora.models.random_models import random_base
+from jmedlora.plan.memory import CACHED_TOKENS
 from jmedlora.plan.packing import make_trials
 from jmedlora.plan.specs import RunSpec
+from jmedlora.training.batches import divide
 from jmedlora.training.engine import PackEngine
 from jmedlora.training.loss import Collated
 from jmedlora.training.process import Worker, ensure_process_group, this_worker
@@ -111,12 +114,15 @@ class Work:
 
     def batch(self, step: int, first: int, last: int) -> Collated:
         """What adapters `first` to `last` (exclusive) take in a step (from 0)."""
-        ids = self.ids[step, first:last].flatten(0, 1)
-        count, width = ids.shape
+        return self.collated(self.ids[step, first:last])
+
+    def collated(self, ids: Tensor) -> Collated:
+        """ids: (adapters, rows, tokens)."""
+        count, rows, width = ids.shape
         places = torch.arange(self.input_tokens - 1, width - 1)
-        positions = torch.cat([places + row * width for row in range(count)])
-        adapters = torch.arange(last - first).repeat_interleave(self.rows * self.target_tokens)
-        tensors = ids, positions, ids[:, self.input_tokens :].flatten(), adapters
+        positions = torch.cat([places + row * width for row in range(count * rows)])
+        adapters = torch.arange(count).repeat_interleave(rows * self.target_tokens)
+        tensors = ids.flatten(0, 1), positions, ids[..., self.input_tokens :].flatten(), adapters
         return Collated(*(each.to(self.worker.device) for each in tensors))
 
     def timed(self, step: Callable[[Collated], Any], first: int, last: int) -> tuple[float, list[Any]]:
@@ -156,12 +162,17 @@ class _Packed:
     def step(self, batch: Collated) -> list[float]:
         """One optimizer step of each; their mean losses."""
         self._steps += 1
-        count, rows = len(self._pack), range(self._work.rows)
-        self._pack.enter([RowsOfAdapter(rows, self._steps)] * count)
-        labelled = len(batch.targets) // count
-        losses = self._engine.backward(batch, [labelled] * count, last=True)
+        count, rows, width = len(self._pack), self._work.rows, batch.input_ids.shape[1]
+        labelled, ids = len(batch.targets) // count, batch.input_ids.view(count, rows, width)
+        total = torch.zeros(count, device=batch.input_ids.device)
+        most = CACHED_TOKENS if self._work.worker.device.type == "cpu" else math.inf
+        (parts,) = divide([range(rows)] * count, [[width] * rows] * count, 1, None, math.inf, most)
+        for place, part in enumerate(parts, start=1):
+            self._pack.enter([RowsOfAdapter(own, self._steps) for own in part.rows])
+            micro_batch = batch if len(parts) == 1 else self._work.collated(ids[:, part.rows[0]])
+            total += self._engine.backward(micro_batch, [labelled] * count, last=place == len(parts))
         self._engine.step([LEARNING_RATE] * count)
-        return (losses / labelled).tolist()
+        return (total / labelled).tolist()
 
     def weights(self) -> list[dict[str, Tensor]]:
         """The adapters as PEFT's files name them."""
