@@ -45,10 +45,10 @@ $(VENV)/.installed-bench: $(VENV)/.installed-dev
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	@touch $@
 
-bench: $(VENV)/.installed-bench  ## Ratios against what others would write, into results/bench; within an hour
+bench: $(VENV)/.installed-bench  ## Ratios against what others would write, into results/bench
 	$(BIN)/python -m tests.bench.ratios
 
-bench-full: $(VENV)/.installed-bench  ## The same with the small model on 240 rows: two hours more
+bench-full: $(VENV)/.installed-bench  ## The same with the small model on 240 rows
 	$(BIN)/python -m tests.bench.ratios --full
 
 format: $(VENV)/.installed-dev  ## Format the code

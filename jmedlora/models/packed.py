@@ -89,9 +89,8 @@ class PackedLinear(nn.Module):
         self.base_layer = base_layer
         self._batch = batch
         self._place = place
-        self._middle = start + base_layer.in_features
-        self._down = slice(start, self._middle)
-        self._up = slice(self._middle, self._middle + base_layer.out_features)
+        middle = start + base_layer.in_features
+        self._down, self._up = slice(start, middle), slice(middle, middle + base_layer.out_features)
         self.train(base_layer.training)
 
     def down(self, weights: Tensor) -> Tensor:

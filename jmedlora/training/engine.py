@@ -61,10 +61,10 @@ class PackEngine:
         self._parameters = list(weights.parameters())
         starts = starts or [Start()] * len(pack)
         for adapter, (start, parameter) in enumerate(zip(starts, self._parameters, strict=True)):
-            known = start.state
-            values = pack.fresh(adapter, settings[adapter].seed)
-            if known is not None:
-                values = {name: known[f"{WEIGHT}/{name}"] for name in values}
+            if start.state is None:
+                values = pack.fresh(adapter, settings[adapter].seed)
+            else:
+                values = {name: start.state[f"{WEIGHT}/{name}"] for name in pack.parts(adapter)}
             pack.fill(adapter, values, parameter)
         module = AnswerLoss(pack.model, weights)
         module.train()
